@@ -1,0 +1,269 @@
+"""The schema (dataclasses beside the parts) ↔ the YAML files of `configs/`. The only importer of Hydra and OmegaConf.
+
+Each part's defaults are stored in Hydra under its group and `_name`, and a YAML of `configs/` starts from them
+(`defaults: [_adamw]`). So every key can be overridden, completed and shown, and stands in one place: the dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from medseg.bundle import BUNDLE_FILE
+from medseg.data.augment import AugmentConfig
+from medseg.errors import Code, MedsegError, nearest
+from medseg.losses import LOSSES
+from medseg.models import MODELS
+from medseg.registry import Registry, make_config
+from medseg.training.experiment import DataConfig, Experiment, TrainerConfig
+from medseg.training.optimizers import OPTIMIZERS
+from medseg.training.schedules import SCHEDULES
+
+CONFIG_FILE = "config.yaml"
+"""The whole configuration of a run, in its folder."""
+PART_GROUPS: dict[str, Registry[Any]] = {
+    "model": MODELS,
+    "loss": LOSSES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
+"""Groups whose options are registered parts."""
+PLAIN_GROUPS: dict[str, type] = {"data": DataConfig, "augment": AugmentConfig, "trainer": TrainerConfig}
+"""Groups with one dataclass each."""
+
+
+def configs_folder() -> Path:
+    """Where the YAML files lie: inside an installed wheel, or at the top of the source tree."""
+    package = Path(__file__).resolve().parent
+    inside, beside = package / "configs", package.parent / "configs"
+    return inside if inside.is_dir() else beside
+
+
+def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experiment, Path], Any]) -> None:
+    """Compose a configuration from a command line as Hydra does (sweeps, --cfg, completion included) and run a task.
+
+    Args:
+        config_name: a YAML of `configs/`, without suffix.
+        arguments: what stands after the verb.
+        task: called with the experiment and the run's folder; once for each job of a sweep.
+    Raises:
+        MedsegError: E_CONFIG for keys, values or options that do not exist, with the nearest ones.
+    """
+    if "--experimental-rerun" in arguments:
+        raise MedsegError(
+            Code.CONFIG,
+            "--experimental-rerun is off: it would open a pickle, which can run code",
+            remedy="go on with a run by: medseg train resume=RUN",
+        )
+    register_schema()
+    refused: list[MedsegError] = []
+
+    def job(config: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            task(experiment_from(config), folder)
+        except MedsegError as error:
+            # Kept and raised at the end: Hydra would print it in its own way, and end a sweep at its first bad job.
+            refused.append(error)
+            _remove_unstarted(folder)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                sys.stderr.write(f"{error}\n")
+
+    with _hydra_process(["medseg", *arguments]):  # the name that shell completion is installed for
+        try:
+            hydra.main(config_path=str(configs_folder()), config_name=config_name, version_base="1.3")(job)()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explain(error, config_name, arguments) from error
+    if refused:
+        raise refused[0]
+
+
+@contextmanager
+def _hydra_process(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads sys.argv, and prints and swallows errors unless an environment variable is set."""
+    program, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = arguments, "1"
+    try:
+        yield
+    finally:
+        sys.argv = program
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _remove_unstarted(folder: Path) -> None:
+    """Remove what a run wrote that was refused before it had a plan; the folder too if nothing else is in it."""
+    if (folder / BUNDLE_FILE).exists():
+        return
+    for name in ("train.log", CONFIG_FILE, "split.json", "survey.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+        (folder / ".hydra" / name).unlink(missing_ok=True)
+    for empty in (folder / ".hydra", folder):
+        if empty.is_dir() and not any(empty.iterdir()):
+            empty.rmdir()
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a list of overrides, without running anything (for the demo, notebooks and tests).
+
+    Raises:
+        MedsegError: E_CONFIG as `run_hydra`.
+    """
+    register_schema()
+    try:
+        return experiment_from(_compose(config_name, overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, config_name, overrides) from error
+
+
+def experiment_from(config: DictConfig) -> Experiment:
+    """Check a composed configuration and turn it into dataclasses.
+
+    Raises:
+        MedsegError: E_CONFIG or E_NAME for keys, types or names that do not exist.
+    """
+    values = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(values, Mapping):
+        raise MedsegError(Code.CONFIG, "the configuration is not a table", got=type(values).__name__)
+    experiment = make_config(Experiment, {str(k): v for k, v in values.items()}, where="")
+    for group, registry in PART_GROUPS.items():
+        # Checked here, before any data are read; parts are built where they are used.
+        settings = dict(getattr(experiment, group))
+        part = registry.part(str(settings.pop("name", "")))
+        make_config(part.config, settings, where=group)
+    return experiment
+
+
+def write_config(experiment: Experiment, run: Path) -> None:
+    """Write the whole configuration of a run into its folder."""
+    OmegaConf.save(OmegaConf.create(_plain(dataclasses.asdict(experiment))), run / CONFIG_FILE)
+
+
+def register_schema() -> None:
+    """Store the defaults of all parts where the YAML files expect them."""
+    store = ConfigStore.instance()
+    for group, registry in PART_GROUPS.items():
+        for name in registry.names():
+            store.store(group=group, name=f"_{name}", node=_defaults(registry.part(name).config))
+    for group, cls in PLAIN_GROUPS.items():
+        store.store(group=group, name=f"_{group}", node=_defaults(cls))
+    store.store(name="_train", node={"seed": 0, "resume": None})
+
+
+def resume_arguments(arguments: Sequence[str]) -> list[str]:
+    """Arguments of `medseg train resume=RUN …`: the run's own, then what is new, in the run's folder.
+
+    Raises:
+        MedsegError: E_RUN if RUN has no stored overrides.
+    """
+    chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    if not chosen:
+        return list(arguments)
+    run = Path(chosen[-1]).expanduser().resolve()
+    stored = run / ".hydra" / "overrides.yaml"
+    if not stored.is_file():
+        raise MedsegError(
+            Code.RUN,
+            "this folder is not a run that can be resumed",
+            where=run,
+            expected="a folder that medseg train made, with .hydra/overrides.yaml",
+        )
+    original = [str(o) for o in OmegaConf.load(stored) if not str(o).startswith("resume=")]
+    quoted = str(run).replace("\\", "\\\\").replace("'", "\\'")
+    new = [a for a in arguments if not a.startswith("resume=")]
+    return [*original, *new, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'"]
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Defaults of a dataclass as plain values; fields without one are left to the YAML (`???`)."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = _plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            nested = dataclasses.is_dataclass(default) and not isinstance(default, type)
+            values[field.name] = _defaults(type(default)) if nested else _plain(default)
+        else:
+            values[field.name] = "???"
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(configs_folder()), version_base="1.3"):
+        return hydra.compose(config_name, list(overrides))
+
+
+def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> MedsegError:
+    """A composition error in our words, with the nearest key or option."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key and isinstance(error, ConfigCompositionException):
+        return _unknown_key(key.group(1), config_name, arguments)
+    option = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if option and isinstance(error, MissingConfigException):
+        group, name = option.groups()
+        options = re.findall(r"^\t+(\S+)$", text, flags=re.MULTILINE)
+        known = [o for o in options if not o.startswith("_")] or group_options(group)
+        return MedsegError(
+            Code.CONFIG,
+            f"there is no option {name!r} of {group}",
+            where=f"{group}={name}",
+            remedy=nearest(name, known),
+        )
+    return MedsegError(
+        Code.CONFIG,
+        "the configuration cannot be composed",
+        got=" ".join(str(error).split()),
+        remedy="write overrides as key=value; quote values with special characters: 'data.root=\"a, b\"'",
+    )
+
+
+def _unknown_key(key: str, config_name: str, arguments: Sequence[str]) -> MedsegError:
+    """Name the keys that stand where the user looked."""
+    name = key.lstrip("+~")
+    parent, _, last = name.rpartition(".")
+    groups = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith(("-", "hydra"))]
+    try:
+        config = _compose(config_name, [g for g in groups if g.split("=")[0] in {*PART_GROUPS, *PLAIN_GROUPS}])
+        node = OmegaConf.select(config, parent) if parent else config
+        known = [str(k) for k in node] if isinstance(node, DictConfig) else []
+        while parent and not known:
+            parent, _, last = parent.rpartition(".")
+            node = OmegaConf.select(config, parent) if parent else config
+            known = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    except (HydraException, OmegaConfBaseException):
+        known = []
+    if last in known:  # a group given as a key without an option, or a value of the wrong kind
+        remedy = f"choose one of: {', '.join(group_options(last))}"
+    else:
+        remedy = nearest(last, known) if known else "medseg train --help lists all keys"
+        remedy = re.sub(r"'([^']+)'", lambda m: f"'{parent}.{m.group(1)}'" if parent else m.group(0), remedy)
+    return MedsegError(Code.CONFIG, f"unknown key {name}", where=name, remedy=remedy)
+
+
+def group_options(group: str) -> list[str]:
+    """The YAML files of a group."""
+    return sorted(p.stem for p in (configs_folder() / group).glob("*.yaml"))

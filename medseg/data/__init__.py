@@ -1,0 +1,1 @@
+"""From a folder to batches: cases, splits, survey, plan, preprocessing, sampling, augmentation."""

@@ -1,0 +1,246 @@
+"""Tables that describe data: manifests of cases (CSV, JSON) and the `dataset.json` of MSD and nnU-Net.
+
+A manifest is for data that no folder layout describes.
+CSV columns (any case): `case`, `image` (or several: `image_<channel>`), `label`, `patient`, `split`. JSON: a list of
+objects with the same keys (`images` may be a list), or `{"cases": [...], "labels": {name: value}, "channels": [...]}`.
+Paths are relative to the manifest's folder, or to the data folder where one is given beside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg.data.layouts import Case, DataFolder, name_some
+from medseg.errors import Code, MedsegError
+from medseg.formats import strip_suffix
+
+COLUMNS = {
+    "case": "case",
+    "case_id": "case",
+    "id": "case",
+    "image": "image",
+    "images": "image",
+    "label": "label",
+    "patient": "patient",
+    "patient_id": "patient",
+    "subject": "patient",
+    "split": "split",
+}
+"""Accepted column names → what they mean; besides these, `image_<channel>`."""
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "": None,
+}
+"""Accepted values of the split column."""
+TYPO_CUTOFF = 0.8
+"""Similarity above which an unknown column is taken for a misspelled one and refused; others are left unread."""
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a path is a file that is read as a manifest."""
+    return path.is_file() and path.suffix.lower() in (".csv", ".json") and path.name != "dataset.json"
+
+
+def read_manifest(path: Path, root: Path) -> DataFolder:
+    """Read a manifest.
+
+    Args:
+        path: the CSV or JSON file.
+        root: folder that relative paths start from.
+    Raises:
+        MedsegError: E_CONFIG for a table that is not understood, E_MISSING for files that are not there.
+    """
+    labels: dict[str, Any] | None = None
+    channels: tuple[str, ...] | None = None
+    if path.suffix.lower() == ".json":
+        table = read_json(path)
+        if isinstance(table, Mapping):
+            labels = dict(table["labels"]) if table.get("labels") else None
+            channels = tuple(str(c) for c in table["channels"]) if table.get("channels") else None
+            table = table.get("cases")
+        if not isinstance(table, list) or not all(isinstance(row, Mapping) for row in table):
+            raise MedsegError(
+                Code.CONFIG,
+                "the manifest is no list of cases",
+                where=path.name,
+                expected='[{"case": …, "image": …, "label": …}, …] or {"cases": [the same]}',
+                got=type(table).__name__,
+            )
+        rows: list[dict[str, Any]] = [dict(row) for row in table]
+    else:
+        rows = _read_csv(path)
+    _check_columns({str(key) for row in rows for key in row}, path)
+    cases = tuple(_case(row, f"{path.name}, case {number}", root) for number, row in enumerate(rows, start=1))
+    named = tuple(key[len("image_") :] for key in (rows[0] if rows else ()) if key.lower().startswith("image_"))
+    _refuse_absent(cases)
+    return DataFolder(root, f"manifest {path.name}", cases, labels, channels or (named if len(named) > 1 else None))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        MedsegError: E_CONFIG if it is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise MedsegError(Code.CONFIG, f"not valid JSON: {error}", where=path.name) from error
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MedsegError(Code.CONFIG, "the manifest is not UTF-8 text", where=path.name) from error
+    # spreadsheets of many countries write ; where others write a comma
+    first = text.partition("\n")[0]
+    rows = list(csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=first.count)))
+    ragged = [number for number, row in enumerate(rows, start=2) if None in row or None in row.values()]
+    if ragged:
+        raise MedsegError(
+            Code.CONFIG,
+            "lines with more or fewer fields than the header",
+            where=path.name,
+            got="lines " + name_some(ragged),
+            remedy="put paths that hold the separator in double quotes",
+        )
+    return rows
+
+
+def _check_columns(columns: Iterable[str], path: Path) -> None:
+    meanings = {_meaning(column) for column in columns}
+    for column in columns:
+        close = difflib.get_close_matches(column.lower(), COLUMNS, n=1, cutoff=TYPO_CUTOFF)
+        if _meaning(column) is None and close:
+            raise MedsegError(
+                Code.CONFIG,
+                f"unknown column {column!r}",
+                where=path.name,
+                remedy=f"did you mean {close[0]!r}? otherwise rename the column",
+            )
+    if "image" not in meanings:
+        raise MedsegError(
+            Code.CONFIG,
+            "the manifest has no column of images",
+            where=path.name,
+            expected="case,image,label,patient,split (only image is required)",
+            got=", ".join(sorted(columns)),
+        )
+
+
+def _meaning(column: str) -> str | None:
+    return "image" if column.lower().startswith("image_") else COLUMNS.get(column.lower().strip())
+
+
+def _case(row: Mapping[str, Any], where: str, root: Path) -> Case:
+    """One row as a case; without an id the image's name is the id."""
+    images: list[str] = []
+    fields: dict[str, str] = {}
+    for column, value in row.items():
+        meaning = _meaning(column)
+        if meaning == "image":
+            images += [str(v) for v in (value if isinstance(value, list) else [value]) if v]
+        elif meaning is not None and value is not None:
+            fields[meaning] = str(value).strip()
+    if not images:
+        raise MedsegError(Code.CONFIG, "a case without an image", where=where)
+    split = fields.get("split", "").lower()
+    if split not in SPLITS:
+        raise MedsegError(
+            Code.CONFIG, "unknown split", where=where, expected="train, val, test or nothing", got=repr(split)
+        )
+    paths = tuple(root / image.strip() for image in images)
+    return Case(
+        case_id=fields.get("case") or strip_suffix(paths[0].name),
+        images=paths,
+        label=root / fields["label"] if fields.get("label") else None,
+        patient=fields.get("patient") or None,
+        split=SPLITS[split],
+    )
+
+
+def _refuse_absent(cases: Iterable[Case]) -> None:
+    absent = [
+        f"{case.case_id}: {path.name}"
+        for case in cases
+        for path in (*case.images, case.label)
+        if path and not path.exists()
+    ]
+    if absent:
+        raise MedsegError(
+            Code.MISSING,
+            f"{len(absent)} files of the manifest are not there",
+            where=name_some(absent),
+            remedy="paths are relative to the manifest's folder (to data.root where both are given)",
+        )
+
+
+@dataclass(frozen=True)
+class DatasetJson:
+    """What a `dataset.json` says."""
+
+    layout: str
+    """Which kind it is, in words."""
+    labels: dict[str, Any] | None
+    """Class name → value, list of values or "rest"."""
+    channels: tuple[str, ...] | None
+    """Names of the channels in their order."""
+    file_ending: str | None
+    """nnU-Net v2: how names of images and labels end."""
+    listed: tuple[str, ...]
+    """Ids of the training cases that it lists."""
+    cases: tuple[Case, ...] | None
+    """nnU-Net v2's `dataset` table: cases whose files lie elsewhere."""
+
+
+def read_dataset_json(path: Path) -> DatasetJson:
+    """Read a `dataset.json` (MSD, nnU-Net v1 and v2).
+
+    Raises:
+        MedsegError: E_CONFIG if it is not understood, E_LABEL if a class name stands twice, E_MISSING for absent files.
+    """
+    table = read_json(path)
+    if not isinstance(table, Mapping):
+        raise MedsegError(Code.CONFIG, "a dataset.json is an object", where=path.name, got=type(table).__name__)
+    channels = table.get("channel_names", table.get("modality"))
+    if isinstance(channels, Mapping):
+        channels = [channels[key] for key in sorted(channels, key=int)]
+    listed = [row.get("image", "") if isinstance(row, Mapping) else str(row) for row in table.get("training", ())]
+    cases = None
+    if isinstance(table.get("dataset"), Mapping):
+        cases = tuple(
+            _case({"case": name, **row}, f"{path.name}, case {name}", path.parent)
+            for name, row in table["dataset"].items()
+        )
+        _refuse_absent(cases)
+    return DatasetJson(
+        layout="nnU-Net v2 (dataset.json)" if "channel_names" in table else "MSD / nnU-Net v1 (dataset.json)",
+        labels=_names_to_values(table["labels"], path) if table.get("labels") else None,
+        channels=tuple(str(c) for c in channels) if channels else None,
+        file_ending=table.get("file_ending"),
+        listed=tuple(strip_suffix(Path(name).name) for name in listed),
+        cases=cases,
+    )
+
+
+def _names_to_values(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Labels as name → value, whichever way round they stand (MSD: "1": "tumour"; nnU-Net v2: "tumour": 1)."""
+    if not all(str(key).lstrip("-").isdigit() for key in table):
+        return dict(table)
+    names = [str(name) for name in table.values()]
+    if len(set(names)) != len(names):
+        raise MedsegError(Code.LABEL, "a class name stands twice", where=path.name, got=", ".join(names))
+    return {str(name): int(value) for value, name in table.items()}

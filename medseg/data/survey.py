@@ -1,0 +1,399 @@
+"""The preflight: every case is read once before the first step, and everything that is wrong is said at once.
+
+The survey keeps numbers, never arrays. Intensity statistics are over the foreground, because that is what has to be
+told apart and what a CT normalisation is taken from (nnU-Net's rule).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.data.cases import Case, DataFolder, load_image, load_label_values
+from medseg.data.layouts import name_some
+from medseg.errors import Code, MedsegError
+from medseg.labels import REST, Labels, integer_values
+from medseg.volume import MODEL_ORIENTATION
+
+MAX_FOUND_VALUES = 64
+"""More distinct values than this in undeclared labels are taken for numbered objects, not classes."""
+MAX_PROBLEMS = 20
+"""Most cases that the message about bad cases lists."""
+SAMPLE_VOXELS = 100_000
+"""Voxels of a case that its intensity statistics are taken from: the 0.5 % tails then still hold 500."""
+POOLED_VOXELS = 4_000
+"""Of these, voxels that the statistics of the whole data set are taken from."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """Intensities of one channel."""
+
+    minimum: float
+    """Over all voxels."""
+    maximum: float
+    """Over all voxels."""
+    mean: float
+    """Over the sampled voxels, as all that follow."""
+    std: float
+    p00_5: float
+    """0.5th percentile."""
+    p50: float
+    p99_5: float
+    num_foreground: int
+    """Foreground voxels that the sample was drawn from; 0 where there are none and all voxels were taken instead."""
+
+
+@dataclass(frozen=True)
+class CaseInfo:
+    """What is known of one case. Axes are in the file's order."""
+
+    case_id: str
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    """Along the array's axes; 1 pixel for pictures."""
+    orientation: str
+    """Anatomical directions of the axes; "" for pictures."""
+    modality: str | None
+    label_voxels: tuple[int, ...]
+    """Voxels of each class, in the order of `Survey.labels`."""
+    intensity: tuple[ChannelStats, ...]
+    """One per channel."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a case cannot be used."""
+
+    case_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a data folder holds."""
+
+    layout: str
+    """What kind of folder it is, in words."""
+    spatial_dims: int
+    """2 or 3."""
+    num_channels: int
+    channel_names: tuple[str, ...]
+    labels: Labels
+    labels_from: str
+    """Who named the classes: "data.labels", "dataset" (dataset.json or manifest) or "values found"."""
+    cases: tuple[CaseInfo, ...]
+    """The good cases, sorted by id."""
+    median_shape: tuple[int, ...]
+    """Along the model's axes (`MODEL_ORIENTATION`; row, column for pictures)."""
+    median_spacing_mm: tuple[float, ...]
+    """Along the model's axes."""
+    intensity: tuple[ChannelStats, ...]
+    """Per channel, over foreground voxels of all cases, equally many of each."""
+    quarantine: tuple[Problem, ...] = ()
+    """Cases left out (`on_bad_case="skip"`)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return {**asdict(self), "labels": self.labels.to_json()}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What remains of a case after its arrays are dropped."""
+
+    info: CaseInfo
+    voxels_of_value: Mapping[int, int]
+    model_shape: tuple[int, ...]
+    model_spacing_mm: tuple[float, ...]
+    pooled: NDArray[np.float32]
+    """Sampled foreground voxels, shape (C, at most POOLED_VOXELS)."""
+
+
+def survey(
+    folder: DataFolder,
+    declared_labels: Mapping[str, Any] | None = None,
+    *,
+    num_threads: int,
+    progress: Progress | None = None,
+    on_bad_case: Literal["error", "skip"] = "error",
+) -> Survey:
+    """Read every case once, check it, and take its statistics.
+
+    Args:
+        folder: as `find_cases` gives it, with labels.
+        declared_labels: class names → values as the user writes them; they win over those of a dataset.json, and
+            these over the values that are found.
+        num_threads: cases that are read at a time; memory holds as many.
+        progress: called with (cases read, cases in all).
+        on_bad_case: "skip" leaves bad cases out and lists them in `Survey.quarantine`.
+    Raises:
+        MedsegError: the one problem, or all of them in one table; E_LABEL, E_CHANNELS or E_MIXED where cases do not
+            fit together.
+    """
+    declared, labels_from = _declared(folder, declared_labels)
+    readings, problems = _read_all(folder, declared, num_threads, progress)
+    if declared is not None:
+        problems.update(_undeclared(readings.values(), declared))
+    if on_bad_case == "error" or len(problems) == len(folder.cases):
+        _raise_problems(problems, len(folder.cases))
+    good = [readings[case.case_id] for case in folder.cases if case.case_id not in problems]
+    _refuse_other_kind(good)
+    labels = declared or _labels_of_values(good)
+    infos = tuple(_with_classes(reading, labels) for reading in good)
+    if not any(sum(info.label_voxels[1:]) for info in infos):
+        raise MedsegError(
+            Code.LABEL,
+            "no case has a voxel of any class but the background",
+            where="data.labels",
+            expected=labels.to_json(),
+            remedy="check the label files and the values in data.labels",
+        )
+    channels = len(infos[0].intensity)
+    return Survey(
+        layout=folder.layout,
+        spatial_dims=len(infos[0].shape),
+        num_channels=channels,
+        channel_names=folder.channels or tuple(f"channel {number}" for number in range(channels)),
+        labels=labels,
+        labels_from=labels_from,
+        cases=infos,
+        median_shape=tuple(round(float(s)) for s in np.median([r.model_shape for r in good], axis=0)),
+        median_spacing_mm=tuple(float(s) for s in np.median([r.model_spacing_mm for r in good], axis=0)),
+        intensity=_pooled(good, infos),
+        quarantine=tuple(Problem(i, str(e.code), e.message) for i, e in sorted(problems.items())),
+    )
+
+
+def summary_lines(found: Survey) -> list[str]:
+    """What was found, in plain lines for the terminal."""
+    cases = found.cases
+    unit = "mm" if cases[0].orientation else "pixel"
+    modalities = sorted({case.modality or "" for case in cases} - {""})
+    lines = [
+        f"layout     {found.layout}",
+        f"cases      {len(cases)}, {found.spatial_dims}D" + (f", {'/'.join(modalities)}" if modalities else ""),
+        f"channels   {found.num_channels} ({', '.join(found.channel_names)})",
+        "sizes      " + _range([case.shape for case in cases], "{:.0f}"),
+        "spacings   " + _range([case.spacing_mm for case in cases], "{:.3g}") + f" {unit}",
+    ]
+    orientations = Counter(case.orientation for case in cases if case.orientation)
+    if orientations:
+        lines.append("stored as  " + ", ".join(f"{name} ({count})" for name, count in orientations.most_common()))
+    lines.append(f"labels     from {found.labels_from}")
+    voxels = np.array([case.label_voxels for case in cases], dtype=np.float64)
+    for index, name in enumerate(found.labels.names):
+        values = found.labels.values[index]
+        share = voxels[:, index].sum() / voxels.sum()
+        lines.append(
+            f"  {index}  {name:<20} value {', '.join(map(str, values)) or REST:<8} "
+            f"{100 * share:8.3g} % of voxels, in {int((voxels[:, index] > 0).sum())} of {len(cases)} cases"
+        )
+    for problem in found.quarantine:
+        lines.append(f"left out   {problem.case_id}: {problem.code} {problem.message}")
+    return lines
+
+
+def _range(values: Sequence[tuple[float, ...]], form: str) -> str:
+    """Smallest, median and largest along each axis of the files; one of them where all look equal."""
+    columns = np.array(values)
+    parts = {"min": columns.min(axis=0), "median": np.median(columns, axis=0), "max": columns.max(axis=0)}
+    shown = {name: " × ".join(form.format(v) for v in row) for name, row in parts.items()}
+    if len(set(shown.values())) == 1:
+        return shown["median"]
+    return ", ".join(f"{name} {row}" for name, row in shown.items())
+
+
+def _declared(folder: DataFolder, declared_labels: Mapping[str, Any] | None) -> tuple[Labels | None, str]:
+    """The label table as somebody declares it, and who."""
+    if declared_labels:
+        return Labels.from_mapping(declared_labels), "data.labels"
+    if folder.labels is None:
+        return None, "values found"
+    table = folder.labels
+    several = [name for name, value in table.items() if isinstance(value, (list, tuple)) and len(value) > 1]
+    if "ignore" in table or several:
+        raise MedsegError(
+            Code.LABEL,
+            "regions and ignored voxels (nnU-Net) are not supported; every voxel has one class",
+            where="labels of the data set",
+            got=table,
+            remedy="declare the classes as data.labels={name: value or list of values}, each value once",
+        )
+    return Labels.from_mapping(table), "dataset"
+
+
+def _read_all(
+    folder: DataFolder, declared: Labels | None, num_threads: int, progress: Progress | None
+) -> tuple[dict[str, _Reading], dict[str, MedsegError]]:
+    readings: dict[str, _Reading] = {}
+    problems: dict[str, MedsegError] = {}
+    with ThreadPoolExecutor(num_threads) as pool:
+        running = {pool.submit(_read, case, declared, folder.channels): case for case in folder.cases}
+        try:
+            for done, future in enumerate(as_completed(running), start=1):
+                case_id = running[future].case_id
+                try:
+                    readings[case_id] = future.result()
+                except MedsegError as error:
+                    problems[case_id] = error
+                except Exception as error:
+                    error.add_note(f"while reading case {case_id}")
+                    raise
+                if progress is not None:
+                    progress(done, len(running))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return readings, problems
+
+
+def _read(case: Case, declared: Labels | None, channels: tuple[str, ...] | None) -> _Reading:
+    """Read one case; its arrays are gone when this returns."""
+    image = load_image(case, num_channels=len(channels) if channels else None)
+    label = integer_values(load_label_values(case, image.grid).array, where=case.case_id)
+    values, counts = np.unique(label, return_counts=True)
+    foreground = np.isin(label, [v for v in values if _is_foreground(int(v), declared)])
+    num_foreground = int(foreground.sum())
+    random = np.random.default_rng(zlib.crc32(case.case_id.encode()))  # the same voxels whatever thread comes first
+    candidates = num_foreground or label.size
+    chosen = random.choice(candidates, min(SAMPLE_VOXELS, candidates), replace=False)
+    if num_foreground:
+        chosen = np.flatnonzero(foreground)[chosen]
+    sample = image.array.reshape(len(image.array), -1)[:, chosen].astype(np.float32)
+    grid = image.grid.reoriented(MODEL_ORIENTATION)
+    stats = tuple(
+        _statistics(sample[c], float(image.array[c].min()), float(image.array[c].max()), num_foreground)
+        for c in range(len(image.array))
+    )
+    info = CaseInfo(
+        case_id=case.case_id,
+        shape=image.grid.shape,
+        spacing_mm=image.grid.spacing_mm,
+        orientation=image.grid.orientation,  # NIfTI has no modality, but nnU-Net's dataset.json names CT channels "CT"
+        modality=image.modality or ("CT" if {name.upper() for name in channels or ()} == {"CT"} else None),
+        label_voxels=(),
+        intensity=stats,
+    )
+    pooled = sample[:, : POOLED_VOXELS if num_foreground else 0].copy()
+    voxels_of_value = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
+    return _Reading(info, voxels_of_value, grid.shape, grid.spacing_mm, pooled)
+
+
+def _is_foreground(value: int, declared: Labels | None) -> bool:
+    if declared is None:
+        return value != 0
+    background = declared.values[0]
+    return value not in background if background else any(value in values for values in declared.values[1:])
+
+
+def _statistics(sample: NDArray[np.float32], low: float, high: float, num_foreground: int) -> ChannelStats:
+    p00_5, p50, p99_5 = (float(p) for p in np.percentile(sample, (0.5, 50, 99.5)))
+    return ChannelStats(
+        minimum=low,
+        maximum=high,
+        mean=float(sample.mean(dtype=np.float64)),
+        std=float(sample.std(dtype=np.float64)),
+        p00_5=p00_5,
+        p50=p50,
+        p99_5=p99_5,
+        num_foreground=num_foreground,
+    )
+
+
+def _pooled(readings: Sequence[_Reading], infos: Sequence[CaseInfo]) -> tuple[ChannelStats, ...]:
+    sample = np.concatenate([reading.pooled for reading in readings], axis=1)
+    return tuple(
+        _statistics(
+            sample[c],
+            min(info.intensity[c].minimum for info in infos),
+            max(info.intensity[c].maximum for info in infos),
+            sum(info.intensity[c].num_foreground for info in infos),
+        )
+        for c in range(len(sample))
+    )
+
+
+def _undeclared(readings: Iterable[_Reading], labels: Labels) -> dict[str, MedsegError]:
+    """E_LABEL for each case with values that no class claims."""
+    problems: dict[str, MedsegError] = {}
+    for reading in readings:
+        try:
+            labels.to_index(np.array(list(reading.voxels_of_value)), where=reading.info.case_id)
+        except MedsegError as error:
+            problems[reading.info.case_id] = error
+    return problems
+
+
+def _labels_of_values(readings: Sequence[_Reading]) -> Labels:
+    """A label table from the values themselves."""
+    values = sorted({value for reading in readings for value in reading.voxels_of_value})
+    if len(values) > MAX_FOUND_VALUES or values[0] < 0:
+        raise MedsegError(
+            Code.LABEL,
+            f"the labels hold {len(values)} different values, which looks like numbered objects"
+            if values[0] >= 0
+            else "the labels hold negative values",
+            where="data.labels",
+            expected=f"at most {MAX_FOUND_VALUES} classes, the background 0",
+            got=f"values {values[0]} … {values[-1]}",
+            remedy="for a map of objects set data.labels={object: rest}; otherwise name the classes: "
+            "data.labels={name: value, …}",
+        )
+    if values == [0, 255]:
+        return Labels.from_mapping({"background": 0, "foreground": 255})
+    return Labels.from_mapping({"background": 0, **{f"class_{value}": value for value in values if value != 0}})
+
+
+def _with_classes(reading: _Reading, labels: Labels) -> CaseInfo:
+    """The case with its voxels counted by class."""
+    values = list(reading.voxels_of_value)
+    counts = np.zeros(labels.num_classes, dtype=np.int64)
+    np.add.at(counts, labels.to_index(np.array(values)), [reading.voxels_of_value[value] for value in values])
+    return replace(reading.info, label_voxels=tuple(int(n) for n in counts))
+
+
+def _raise_problems(problems: Mapping[str, MedsegError], num_cases: int) -> None:
+    if not problems:
+        return
+    ordered = [problems[case_id] for case_id in sorted(problems)]
+    if len(ordered) == 1:
+        raise ordered[0]
+    table = [f"{case_id}: {problems[case_id].code} {problems[case_id].message}" for case_id in sorted(problems)]
+    more = [f"and {len(table) - MAX_PROBLEMS} more"] if len(table) > MAX_PROBLEMS else []
+    raise MedsegError(
+        ordered[0].code,
+        f"{len(ordered)} of {num_cases} cases cannot be used",
+        got="\n    ".join(["", *table[:MAX_PROBLEMS], *more]),
+        remedy=ordered[0].remedy,
+    )
+
+
+def _refuse_other_kind(readings: Sequence[_Reading]) -> None:
+    """All cases must have the same number of dimensions and channels."""
+    kinds = [
+        (Code.MIXED, "dimensions", {r.info.case_id: len(r.info.shape) for r in readings}),
+        (Code.CHANNELS, "channels", {r.info.case_id: len(r.info.intensity) for r in readings}),
+    ]
+    for code, what, number_of in kinds:
+        usual = Counter(number_of.values()).most_common(1)[0][0]
+        others = [case_id for case_id, number in number_of.items() if number != usual]
+        if others:
+            raise MedsegError(
+                code,
+                f"{len(others)} cases have another number of {what} than the rest",
+                where=name_some(others),
+                expected=f"{usual} {what}, as {len(readings) - len(others)} cases have",
+                got=f"{others[0]}: {number_of[others[0]]}",
+                remedy="convert them, or leave them out with a manifest (case,image,label)",
+            )

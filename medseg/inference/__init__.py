@@ -1,0 +1,1 @@
+"""From a scan to labels on the scan's own grid: tiles, logits, export."""

@@ -1,0 +1,112 @@
+"""Names → metrics. A new metric is one file in this package:
+
+    @metric("fdr", title="FDR", better="lower", dimension="ratio")
+    def false_discovery_rate(masks: ClassMasks) -> float:
+        '''What it is, its unit, its source.'''
+        return masks.fp / masks.num_predicted if masks.num_predicted else 1.0
+
+The function is called where the reference or the prediction has the class; it answers for missed and spurious
+structures as `medseg.metrics` says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Literal
+
+from medseg.errors import Code, MedsegError, nearest
+from medseg.metrics.masks import ClassMasks, State
+from medseg.registry import PLUGIN_GROUP
+from medseg.volume import PIXEL_FRAME
+
+Dimension = Literal["ratio", "length", "volume"]
+MetricFunction = Callable[[ClassMasks], float]
+
+_UNITS: dict[tuple[Dimension, bool], str] = {
+    ("ratio", False): "",
+    ("ratio", True): "",
+    ("length", False): "mm",
+    ("length", True): "px",
+    ("volume", False): "ml",
+    ("volume", True): "px",
+}
+"""(dimension, is it a picture) → unit; the "volume" of a picture is its number of pixels."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric.
+
+    Args:
+        name: as in tables' columns, without the unit.
+        title: short heading for people.
+        better: which direction ranks predictions; None for values that do not rank (see `medseg.metrics`).
+        dimension: what the unit is derived from.
+        function: one class of one case → value.
+    """
+
+    name: str
+    title: str
+    better: Literal["higher", "lower"] | None
+    dimension: Dimension
+    function: MetricFunction
+
+    def measure(self, masks: ClassMasks) -> float:
+        """The value for one class of one case; NaN where the class is absent from both."""
+        return math.nan if masks.state is State.ABSENT else float(self.function(masks))
+
+    def unit(self, frame: str) -> str:
+        """ "mm", "ml", "px" or "" for a grid of this frame."""
+        return _UNITS[self.dimension, frame == PIXEL_FRAME]
+
+    def column(self, frame: str) -> str:
+        """The name with its unit, as in tables ("hd95_mm")."""
+        unit = self.unit(frame)
+        return f"{self.name}_{unit}" if unit else self.name
+
+
+_metrics: dict[str, Metric] = {}
+
+
+def metric(
+    name: str, *, title: str, better: Literal["higher", "lower"] | None, dimension: Dimension
+) -> Callable[[MetricFunction], MetricFunction]:
+    """Function decorator: make a metric known under `name`. See `Metric` for the arguments."""
+
+    def add(function: MetricFunction) -> MetricFunction:
+        if name in _metrics:
+            raise MedsegError(Code.NAME, f"the metric {name!r} is registered twice", where=function)
+        _metrics[name] = Metric(name, title, better, dimension, function)
+        return function
+
+    return add
+
+
+def metrics(names: Sequence[str] | None = None) -> tuple[Metric, ...]:
+    """The metrics of these names, or all: those of this package first, then those of plugins.
+
+    Raises:
+        MedsegError: E_NAME with the nearest names.
+    """
+    _load()
+    if names is None:
+        return tuple(_metrics.values())
+    unknown = next((name for name in names if name not in _metrics), None)
+    if unknown is not None:
+        raise MedsegError(Code.NAME, f"there is no metric named {unknown!r}", remedy=nearest(unknown, _metrics))
+    return tuple(_metrics[name] for name in names)
+
+
+@cache
+def _load() -> None:
+    package = importlib.import_module("medseg.metrics")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    for plugin in entry_points(group=PLUGIN_GROUP):
+        plugin.load()

@@ -1,0 +1,258 @@
+"""Down-sampling and up-sampling.
+
+A factor is the stride S of the step, one number per axis; 1 leaves an axis as it is. An axis can only be divided
+evenly, so that up-sampling meets the size that it left.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from medseg.errors import Code, MedsegError
+from medseg.models.blocks.activation import make_activation
+from medseg.models.blocks.block import Block, Stack
+from medseg.models.blocks.convolution import ConvolutionBlock, ConvolutionStyle
+from medseg.models.blocks.dimensions import layers
+from medseg.models.blocks.normalisation import make_normalisation
+
+Down = Literal["max_pool", "average_pool", "strided_convolution"]
+Up = Literal["transposed", "transposed_padded", "interpolation", "interpolation_convolution"]
+
+
+class DownBlock(Block):
+    """A step down."""
+
+    num_convolutions: int
+    """How many convolutions it holds: they count towards those of the stage that it opens."""
+
+
+class NoDown(DownBlock):
+    """The start of a network: nothing is done.
+
+    Args:
+        channels: C = K.
+    """
+
+    num_convolutions = 0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input."""
+        return x
+
+    def output_length(self, length: int, axis: int) -> int:
+        """Unchanged."""
+        return length
+
+
+class Pool(DownBlock):
+    """The largest or the mean value of each window; filter size F = stride S, the channels stay.
+
+    Args:
+        kind: "max_pool" or "average_pool".
+        channels: C = K.
+        stride: S per axis.
+    """
+
+    num_convolutions = 0
+
+    def __init__(self, kind: Literal["max_pool", "average_pool"], channels: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.stride = stride
+        table = layers(len(stride))
+        self.pool = table.max_pool(stride) if kind == "max_pool" else table.average_pool(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, C, *spatial / S)."""
+        result: Tensor = self.pool(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length / S."""
+        return _divided(length, self.stride[axis])
+
+
+class StridedConvolution(DownBlock):
+    """A convolution block with stride S.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        style: padding (must be "same"), normalisation and activation.
+        kernel: F per axis.
+        stride: S per axis.
+    Raises:
+        MedsegError: E_CONFIG without padding: its grid would lie half a voxel beside that of the way up.
+    """
+
+    num_convolutions = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: ConvolutionStyle,
+        *,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        if style.padding != "same":
+            raise MedsegError(
+                Code.CONFIG,
+                "down-sampling by strided convolution needs padding same",
+                where="model.down",
+                expected="max_pool or average_pool",
+                got=f"strided_convolution with padding {style.padding}",
+            )
+        self.out_channels = out_channels
+        self.stride = stride
+        self.block = ConvolutionBlock(in_channels, out_channels, style, kernel=kernel, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, K, *spatial / S)."""
+        result: Tensor = self.block(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length / S."""
+        return _divided(length, self.stride[axis])
+
+
+def make_down(
+    name: Down,
+    in_channels: int,
+    out_channels: int,
+    style: ConvolutionStyle,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> DownBlock:
+    """A step down by name. Pooling keeps `in_channels`; a strided convolution returns `out_channels`."""
+    if name == "strided_convolution":
+        return StridedConvolution(in_channels, out_channels, style, kernel=kernel, stride=stride)
+    return Pool(name, in_channels, stride)
+
+
+class TransposedConvolution(Block):
+    """Transposed convolution → normalisation → activation: S times as many voxels.
+
+    Without padding F = S and the filters do not overlap (the 2×2 up-convolution of the U-Net). With padding F is
+    larger than S, P = (F − 1) / 2 and S − 1 voxels are added at the far end, so that the length is still S·length.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        style: bias, normalisation and activation.
+        stride: S per axis.
+        kernel: F per axis, odd; None is the form without padding.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: ConvolutionStyle,
+        *,
+        stride: tuple[int, ...],
+        kernel: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.stride = stride
+        overlap = [(k - s) if kernel is not None else 0 for k, s in zip(kernel or stride, stride, strict=True)]
+        if min(overlap) < 0 or (kernel is not None and any(k % 2 == 0 for k in kernel)):
+            raise MedsegError(
+                Code.CONFIG,
+                "a padded transposed convolution needs odd filters that are not smaller than the stride",
+                expected=f"odd, at least {stride}",
+                got=kernel,
+            )
+        padding = tuple((k - 1) // 2 for k in kernel) if kernel is not None else (0,) * len(stride)
+        added = tuple(s - 1 for s in stride) if kernel is not None else (0,) * len(stride)
+        n = style.spatial_dims
+        self.convolution = layers(n).transposed_convolution(
+            in_channels, out_channels, kernel or stride, stride, padding, added, bias=style.bias
+        )
+        self.normalisation = make_normalisation(style.normalisation, out_channels, n, num_groups=style.num_groups)
+        self.activation = make_activation(style.activation, out_channels, negative_slope=style.negative_slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, K, *spatial · S)."""
+        result: Tensor = self.activation(self.normalisation(self.convolution(x)))
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length · S."""
+        return length * self.stride[axis]
+
+
+class Interpolation(Block):
+    """Linear interpolation by S; voxel edges coincide, the channels stay.
+
+    Args:
+        channels: C = K.
+        stride: S per axis.
+    """
+
+    def __init__(self, channels: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.stride = stride
+        mode = layers(len(stride)).linear_interpolation
+        self.interpolation = nn.Upsample(scale_factor=tuple(float(s) for s in stride), mode=mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, C, *spatial · S)."""
+        result: Tensor = self.interpolation(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length · S."""
+        return length * self.stride[axis]
+
+
+def make_up(
+    name: Up,
+    in_channels: int,
+    out_channels: int,
+    style: ConvolutionStyle,
+    *,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> Block:
+    """A step up by name. Interpolation alone keeps `in_channels`; the others return `out_channels`.
+
+    Args:
+        name: "transposed" (F = S), "transposed_padded" (F = kernel), "interpolation", or "interpolation_convolution"
+            (F = kernel).
+        in_channels: C.
+        out_channels: K.
+        style: what its convolution has in common with others.
+        kernel: filter size per axis where the form has one of its own.
+        stride: S per axis.
+    """
+    match name:
+        case "transposed":
+            return TransposedConvolution(in_channels, out_channels, style, stride=stride)
+        case "transposed_padded":
+            return TransposedConvolution(in_channels, out_channels, style, stride=stride, kernel=kernel)
+        case "interpolation":
+            return Interpolation(in_channels, stride)
+        case "interpolation_convolution":
+            convolution = ConvolutionBlock(in_channels, out_channels, style, kernel=kernel)
+            return Stack((Interpolation(in_channels, stride), convolution), in_channels)
+
+
+def _divided(length: int, stride: int) -> int:
+    if length % stride:
+        raise MedsegError(
+            Code.MODEL, "a length cannot be divided evenly", expected=f"a multiple of {stride}", got=length
+        )
+    return length // stride

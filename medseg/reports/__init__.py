@@ -1,0 +1,1 @@
+"""What people look at: evaluations, tables, overlays of masks on scans, curves."""

@@ -1,0 +1,127 @@
+"""Which prediction belongs to which reference, and what their values mean."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from medseg.errors import Code, MedsegError
+from medseg.formats import is_image_file, open_label, strip_suffix
+from medseg.labels import TABLE_FILE, Labels, integer_values
+
+MissingPolicy = Literal["error", "count"]
+MAX_CLASSES = 255
+"""More values than this in references are not classes but instances (or the file is an image)."""
+_LISTED = 10
+_ROLE = re.compile(r"[_-](seg|segmentation|mask|label|labels)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case; `predicted` is None where there is no prediction and that is to be counted as an empty one."""
+
+    case: str
+    predicted: Path | None
+    reference: Path
+
+
+def case_id(path: Path) -> str:
+    """The file's name without its type and without a trailing `_seg`, `_mask` or `_label`."""
+    return _ROLE.sub("", strip_suffix(path.name))
+
+
+def match_pairs(predicted: Path, reference: Path, *, missing: MissingPolicy) -> list[Pair]:
+    """Match two files, or the files of two folders by their case id, in the order of the ids.
+
+    Raises:
+        MedsegError: E_MISSING, E_NO_CASES, E_DUPLICATE_ID.
+    """
+    for path in (predicted, reference):
+        if not path.exists():
+            raise MedsegError(Code.MISSING, "there is no such file or folder", where=path.name)
+    if reference.is_file() and predicted.is_file():
+        return [Pair(case_id(reference), predicted, reference)]
+    if reference.is_file() or predicted.is_file():
+        raise MedsegError(
+            Code.MISSING,
+            "a file can be compared with a file, a folder with a folder",
+            where=f"{predicted.name} and {reference.name}",
+            remedy="give two files, or two folders",
+        )
+    predictions, references = _by_case(predicted), _by_case(reference)
+    _refuse(set(predictions) - set(references), f"prediction without a reference in {reference.name}", predicted)
+    if missing == "error":
+        remedy = "predict them too, or use --missing count to score them as empty predictions"
+        _refuse(
+            set(references) - set(predictions), f"reference without a prediction in {predicted.name}", reference, remedy
+        )
+    return [Pair(case, predictions.get(case), references[case]) for case in sorted(references)]
+
+
+def labels_of(predicted: Path, references: Sequence[Path]) -> Labels:
+    """The classes of `predictions.json` beside the predictions, else one class per value of the references.
+
+    Raises:
+        MedsegError: E_LABEL if the file cannot be understood, or there are no classes or too many.
+    """
+    path = (predicted if predicted.is_dir() else predicted.parent) / TABLE_FILE
+    if path.is_file():
+        try:
+            table = json.loads(path.read_text(encoding="utf-8")).get("labels")
+        except (ValueError, AttributeError) as error:
+            raise MedsegError(Code.LABEL, "the table of labels cannot be read", where=path.name, got=error) from error
+        if isinstance(table, dict):
+            return Labels.from_mapping(table)
+    values: set[int] = set()
+    for reference in references:
+        values.update(int(v) for v in np.unique(integer_values(open_label(reference).array, where=reference.name)))
+        if len(values) > MAX_CLASSES:
+            raise MedsegError(
+                Code.LABEL,
+                "the references hold too many values to be classes",
+                where=reference.name,
+                expected=f"at most {MAX_CLASSES}",
+                got=f"{len(values)} or more",
+                remedy="give the classes; for maps of instances {background: 0, object: rest}",
+            )
+    names = {v: "background" if v == 0 else f"label_{v}" for v in sorted(values)}
+    return Labels.from_mapping({name: v for v, name in names.items()})
+
+
+def _by_case(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or not is_image_file(path):
+            continue
+        case = case_id(path)
+        if case in found:
+            raise MedsegError(
+                Code.DUPLICATE_ID,
+                f"two files have the case id {case!r}",
+                where=folder.name,
+                got=f"{found[case].name} and {path.name}",
+                remedy="keep only the masks in this folder",
+            )
+        found[case] = path
+    if not found:
+        raise MedsegError(Code.NO_CASES, "the folder holds no image that can be read", where=folder.name)
+    return found
+
+
+def _refuse(cases: set[str], what: str, where: Path, remedy: str | None = None) -> None:
+    if not cases:
+        return
+    listed = ", ".join(sorted(cases)[:_LISTED]) + (", …" if len(cases) > _LISTED else "")
+    raise MedsegError(
+        Code.MISSING,
+        f"{len(cases)} × {what}",
+        where=where.name,
+        got=listed,
+        remedy=remedy or "remove them, or add their references",
+    )

@@ -1,0 +1,380 @@
+"""The story of a training run, from top to bottom: find, survey, split, plan, prepare, build, loop, conclude."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from medseg.bundle import BundleInfo, checkpoint_path, load_bundle
+from medseg.data.augment import Augmenter
+from medseg.data.cases import Case, find_cases
+from medseg.data.plan import Plan, make_plan
+from medseg.data.preprocess import PreparedCase, prepare_cases
+from medseg.data.sampling import PatchSampler
+from medseg.data.splits import Split, make_split, write_split
+from medseg.data.survey import Survey, summary_lines, survey
+from medseg.device import choose_device, choose_precision
+from medseg.errors import Code, MedsegError
+from medseg.inference.predictor import Predictor
+from medseg.inference.sliding_window import WindowConfig, autocast, memory_format
+from medseg.labels import Labels
+from medseg.losses import LOSSES
+from medseg.losses.deep_supervision import DeepSupervision
+from medseg.models import MODELS, SegmentationModel
+from medseg.reports.curves import save_curves
+from medseg.reports.evaluation import Evaluation
+from medseg.reports.overlay import figure_to_array, overlay_figure
+from medseg.reports.progress import counting_bar
+from medseg.reports.tables import print_evaluation
+from medseg.training.experiment import Experiment
+from medseg.training.journal import HISTORY_FILE, Journal
+from medseg.training.optimizers import OPTIMIZERS
+from medseg.training.schedules import SCHEDULES, Schedule
+from medseg.training.state import Counters, resume_latest, save_best, save_latest
+from medseg.training.validation import final_validation, validate
+from medseg.volume import Volume
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Args:
+        run: its folder.
+        best_dice: best mean foreground Dice of a validation on whole volumes.
+        steps: optimizer steps done.
+        minutes: minutes of the loop.
+        evaluation: the final validation on the scans' own grids; None if it was not asked for.
+    """
+
+    run: Path
+    best_dice: float
+    steps: int
+    minutes: float
+    evaluation: Evaluation | None
+
+
+def train(experiment: Experiment, run: Path, console: Console | None = None) -> TrainResult:
+    """Train a model.
+
+    Args:
+        experiment: everything that states the run.
+        run: the folder that will hold everything about it; with a latest checkpoint inside when resuming.
+        console: where the user reads.
+    Raises:
+        MedsegError: what the data, the configuration or the machine refuse; E_NAN_LOSS if the loss stops being finite.
+    """
+    console = console or Console()
+    run.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(experiment.seed)
+    device = choose_device(experiment.trainer.device)
+
+    found, cases, split = find_data(experiment, run, console)
+    plan, settings = plan_run(experiment, found, device)
+    info = BundleInfo(settings, plan, found.labels, found.channel_names)
+    info.write(run)
+    plan.write(run / "plan.yaml")
+
+    model = info.build_model().to(device, memory_format=memory_format(plan.spatial_dims))  # type: ignore[call-overload]
+    model.output_size(plan.patch_size)  # refuses a patch that does not fit the network, before anything long
+    describe(console, run, plan, settings, model, device)
+    training, validation = prepare(experiment, plan, found.labels, cases, split, console)
+
+    loop = Loop(experiment, run, plan, info, model, training, validation, device)
+    with Journal(run, console, loop.columns(), from_step=loop.counters.step) as journal:
+        journal.settings("configuration", dataclasses.asdict(experiment))
+        journal.settings("plan", plan.to_json())
+        loop.run_to_the_end(journal)
+    return conclude(experiment, run, loop, [cases[i] for i in split.val], console)
+
+
+def find_data(experiment: Experiment, run: Path, console: Console) -> tuple[Survey, dict[str, Case], Split]:
+    """Find the cases, read each once, say what was found, and split them."""
+    data = experiment.data
+    if data.root is None:
+        raise MedsegError(
+            Code.CONFIG,
+            "no data were named",
+            where="data.root",
+            expected="a folder of cases",
+            remedy="medseg train data.root=FOLDER; try it on a phantom with: medseg demo",
+        )
+    folder = find_cases(
+        Path(data.root).expanduser(), manifest=None if data.manifest is None else Path(data.manifest).expanduser()
+    )
+    with counting_bar(console, "reading every case once") as progress:
+        found = survey(folder, data.labels, num_threads=data.num_threads, progress=progress)
+    for line in summary_lines(found):
+        console.print(line, highlight=False, soft_wrap=True)
+    split = make_split(folder.cases, data.split, experiment.seed)
+    if experiment.trainer.overfit_cases is not None:
+        few = split.train[: experiment.trainer.overfit_cases]
+        split = dataclasses.replace(split, train=few, val=few, rule=f"overfitting on {len(few)} case(s)")
+    write_split(run / "split.json", split)
+    (run / "survey.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+    console.print(
+        f"split: {len(split.train)} to train, {len(split.val)} to validate ({split.rule})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return found, {case.case_id: case for case in folder.cases}, split
+
+
+def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> tuple[Plan, dict[str, Any]]:
+    """The plan, and the model's settings with what the plan fills in (widths, kernels, strides left at null)."""
+    part = MODELS.part(str(experiment.model.get("name", "")))
+    fillable = {f.name for f in dataclasses.fields(part.config)} & {"widths", "kernels", "strides"}
+    settings = dict(experiment.model)
+    config = experiment.data.plan
+    widths, strides = settings.get("widths"), settings.get("strides")
+    for given in (widths, strides):
+        if given is not None and config.num_stages is None:
+            config = dataclasses.replace(config, num_stages=len(given))
+    plan = make_plan(found, config, device=device.type)
+    for name in fillable:
+        if settings.get(name) is None:
+            settings[name] = plan.to_json()[name]
+    return plan, settings
+
+
+def prepare(
+    experiment: Experiment, plan: Plan, labels: Labels, cases: Mapping[str, Case], split: Split, console: Console
+) -> tuple[list[PreparedCase], list[PreparedCase]]:
+    """All training and validation cases in memory, as the network sees them."""
+    wanted = list(dict.fromkeys([*split.train, *split.val]))
+    with counting_bar(console, "preparing the cases") as progress:
+        prepared = prepare_cases(
+            [cases[i] for i in wanted],
+            plan,
+            labels,
+            seed=experiment.seed,
+            num_threads=experiment.data.num_threads,
+            progress=progress,
+        )
+    by_id = {case.case_id: case for case in prepared}
+    return [by_id[i] for i in split.train], [by_id[i] for i in split.val]
+
+
+def describe(
+    console: Console, run: Path, plan: Plan, settings: Mapping[str, Any], model: nn.Module, device: torch.device
+) -> None:
+    """Say in a few lines what will be trained."""
+    weights = sum(p.numel() for p in model.parameters())
+    patch = "×".join(str(p) for p in plan.patch_size)
+    spacing = "×".join(f"{s:g}" for s in plan.spacing_mm)
+    unit = "px" if not plan.orientation else "mm"
+    console.print(
+        f"model: {settings['name']}, {weights / 1e6:.2f} million weights, on {device.type}\n"
+        f"plan: patch {patch} at {spacing} {unit}, batch {plan.batch_size}, {plan.normalisation}"
+        f" (reasons in {run / 'plan.yaml'})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class Loop:
+    """Steps and validations until the budget of steps or minutes is used up."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: Path,
+        plan: Plan,
+        info: BundleInfo,
+        model: SegmentationModel,
+        training: Sequence[PreparedCase],
+        validation: Sequence[PreparedCase],
+        device: torch.device,
+    ) -> None:
+        self.config = experiment.trainer
+        self.run, self.plan, self.labels, self.model, self.device = run, plan, info.labels, model, device
+        self.validation = validation
+        self.precision = choose_precision(self.config.precision, device)
+        self.window = WindowConfig(batch_size=plan.batch_size, precision=self.precision)
+        is_picture = not plan.orientation
+        self.sampler = PatchSampler(
+            training,
+            plan.patch_size,
+            plan.batch_size,
+            self.config.foreground_share,
+            experiment.seed,
+            mirror_padding=is_picture,
+        )
+        self.augment = Augmenter(
+            experiment.augment, spacing_mm=plan.spacing_mm, is_picture=is_picture, seed=experiment.seed
+        )
+        self.loss: nn.Module = DeepSupervision(LOSSES.build(experiment.loss)).to(device)
+        self.optimizer = OPTIMIZERS.build(experiment.optimizer, parameters=model.parameters())
+        self.schedule: Schedule = SCHEDULES.build(experiment.schedule)
+        self.base_lr = float(self.optimizer.param_groups[0]["lr"])
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.counters = Counters()
+        if checkpoint_path(run, "latest").exists():
+            self.counters = resume_latest(run, model, self.optimizer)
+        self.last_dice = math.nan
+        self.saved_at = time.monotonic()
+        fixed = [case.case_id for case in validation]
+        self.shown = fixed[:: max(1, len(fixed) // self.config.overlay_cases)][: self.config.overlay_cases]
+
+    def columns(self) -> list[str]:
+        """Columns of history.csv."""
+        per_class = [f"val_dice_{name}" for name in self.labels.foreground]
+        return ["train_loss", "lr", "samples_per_s", "val_loss", "val_dice_mean", *per_class]
+
+    def progress(self) -> float:
+        """Share of the budget that is used, by steps or by minutes, whichever is further."""
+        return max(self.counters.step / self.config.steps, self.counters.minutes / self.config.minutes)
+
+    def run_to_the_end(self, journal: Journal) -> None:
+        """Train until the budget is used up or the patience is at its end."""
+        self.model.train()
+        started = time.monotonic() - 60 * self.counters.minutes
+        mark, mark_step = time.monotonic(), self.counters.step
+        recent = torch.zeros((), device=self.device)
+        batches = self.sampler.prefetch(self.counters.step)
+        try:
+            while self.progress() < 1:
+                step, image, label = next(batches)
+                recent += self.train_step(step, image.to(self.device), label.to(self.device))
+                self.counters.step = step + 1
+                self.counters.minutes = (time.monotonic() - started) / 60
+                if self.counters.step % self.config.log_steps == 0:
+                    seconds = max(time.monotonic() - mark, 1e-9)
+                    speed = (self.counters.step - mark_step) * self.plan.batch_size / seconds
+                    self.log_training(journal, float(recent) / self.config.log_steps, speed)
+                    recent.zero_()
+                    mark, mark_step = time.monotonic(), self.counters.step
+                if self.is_time_to_validate():
+                    self.validate(journal)
+                    mark, mark_step = time.monotonic(), self.counters.step
+                    self.counters.minutes = (time.monotonic() - started) / 60
+                    self.save()
+                    if self.config.patience is not None and self.counters.stale >= self.config.patience:
+                        journal.say(f"no better Dice for {self.counters.stale} validations: stopping early")
+                        return
+                elif time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
+                    self.save()
+        except KeyboardInterrupt:
+            self.save()
+            journal.say(f"interrupted; go on with: medseg train resume={self.run}")
+            raise
+        finally:
+            batches.close()
+
+    def train_step(self, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """One optimizer step on a batch; returns the loss, detached and still on the device."""
+        factor = self.schedule(self.progress())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.base_lr * factor
+        image, label = self.augment(image, label, step)
+        image = image.contiguous(memory_format=memory_format(self.plan.spatial_dims))
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device, self.precision):
+            outputs = self.model(image)
+        loss: torch.Tensor = self.loss(outputs, label)
+        torch.autograd.backward(self.scaler.scale(loss))
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def log_training(self, journal: Journal, loss: float, samples_per_s: float) -> None:
+        """Record the mean loss of the last steps; a loss that is not finite ends the run."""
+        if not math.isfinite(loss):
+            raise MedsegError(
+                Code.NAN_LOSS,
+                "the training loss is not finite any more",
+                where=f"step {self.counters.step}",
+                got=loss,
+                remedy="lower optimizer.lr, or set trainer.precision=fp32; the best checkpoint is kept",
+            )
+        lr = self.optimizer.param_groups[0]["lr"]
+        values = {"train_loss": loss, "lr": lr, "samples_per_s": samples_per_s}
+        journal.record(self.counters.step, self.counters.minutes, values)
+        dice = "" if math.isnan(self.last_dice) else f" Dice {self.last_dice:.3f}"
+        journal.advance(
+            self.progress(), f"step {self.counters.step} loss {loss:.3f}{dice} {samples_per_s:.1f} samples/s"
+        )
+
+    def is_time_to_validate(self) -> bool:
+        """Whether the next of the evenly spread validations is due."""
+        due = (self.counters.validations + 1) / self.config.num_validations
+        return self.progress() >= min(due, 1.0)
+
+    def validate(self, journal: Journal) -> None:
+        """Whole volumes: record Dice and overlays, keep the best weights."""
+        result, kept = validate(
+            self.model, self.validation, self.plan.patch_size, self.labels, self.loss, self.window, keep=self.shown
+        )
+        counters = self.counters
+        # A slow validation may skip turns that are due by now: they are done by this one.
+        counters.validations = max(counters.validations + 1, int(self.progress() * self.config.num_validations + 1e-9))
+        self.last_dice = result.mean
+        per_class = dict(zip(self.labels.foreground, (float(v) for v in result.per_class), strict=True))
+        values = {"val_loss": result.loss, "val_dice_mean": result.mean}
+        values |= {f"val_dice_{name}": value for name, value in per_class.items()}
+        journal.record(counters.step, counters.minutes, values)
+        is_best = result.mean > counters.best_dice
+        counters.stale = 0 if is_best else counters.stale + 1
+        if is_best:
+            counters.best_dice, counters.best_step = result.mean, counters.step
+            save_best(self.run, self.model, counters)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in list(per_class.items())[:6])
+        mark = " [green]best so far[/]" if is_best else ""
+        journal.say(
+            f"{counters.minutes:6.1f} min  step {counters.step:>6}  validation Dice {result.mean:.4f}  ({shown}){mark}"
+        )
+        self.draw(journal, kept)
+
+    def draw(self, journal: Journal, kept: Mapping[str, np.ndarray]) -> None:
+        """Overlays of the fixed validation cases, for TensorBoard."""
+        for case in self.validation:
+            if case.case_id not in kept:
+                continue
+            figure = overlay_figure(
+                Volume(case.image.numpy(), case.grid),
+                reference=Volume(self.labels.to_values(case.label.numpy()), case.grid),
+                predicted=Volume(self.labels.to_values(kept[case.case_id]), case.grid),
+                labels=self.labels,
+                title=case.case_id,
+            )
+            journal.picture(f"validation/{case.case_id}", figure_to_array(figure), self.counters.step)
+
+    def save(self) -> None:
+        """Write the latest checkpoint."""
+        save_latest(self.run, self.model, self.optimizer, self.counters)
+        self.saved_at = time.monotonic()
+
+
+def conclude(
+    experiment: Experiment, run: Path, loop: Loop, validation: Sequence[Case], console: Console
+) -> TrainResult:
+    """Curves, the final validation with the best weights on the scans' own grids, and where everything lies."""
+    save_curves(run / "curves.png", run / HISTORY_FILE)
+    evaluation = None
+    if experiment.trainer.final_predictions:
+        predictor = Predictor(load_bundle(run, device=loop.device), loop.window)
+        with counting_bar(console, "final validation") as progress:
+            evaluation = final_validation(run, predictor, validation, loop.labels, progress)
+        print_evaluation(evaluation, console)
+    counters = loop.counters
+    console.print(
+        f"done: {counters.step} steps in {counters.minutes:.1f} min, best validation Dice {counters.best_dice:.4f}"
+        f" at step {counters.best_step}\nrun: {run}\nlook: tensorboard --logdir {run}\n"
+        f"use: medseg predict {run} SCAN -o FOLDER",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return TrainResult(run, counters.best_dice, counters.step, counters.minutes, evaluation)

@@ -1,0 +1,154 @@
+"""Whole volumes through the network: the periodic validation on what the network sees, and the final one on the
+scans' own grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medseg.data.cases import Case, load_image, load_label_values
+from medseg.data.preprocess import PreparedCase
+from medseg.data.sampling import cut
+from medseg.formats import open_label, write_label
+from medseg.inference.folder import label_name, write_predictions_table
+from medseg.inference.predictor import Predictor
+from medseg.inference.sliding_window import WindowConfig, sliding_window_logits
+from medseg.labels import Labels
+from medseg.losses.deep_supervision import centre_crop
+from medseg.metrics.case import measure_case
+from medseg.models import SegmentationModel
+from medseg.reports.evaluation import Evaluation, Row, evaluate_pair
+from medseg.reports.overlay import save_overlay
+
+FINAL_FOLDER = "validation"
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Dice of the validation cases on the network's own grid.
+
+    Args:
+        dice: per case, one value per foreground class; NaN where reference and prediction are both empty.
+        loss: mean loss of one patch per case.
+    """
+
+    dice: dict[str, tuple[float, ...]]
+    loss: float
+
+    @property
+    def per_class(self) -> np.ndarray:
+        """Mean over cases for each class, NaN where no case has it."""
+        return _mean(np.array(list(self.dice.values()), dtype=float), axis=0)
+
+    @property
+    def mean(self) -> float:
+        """Mean over cases of the mean over their classes."""
+        per_case = _mean(np.array(list(self.dice.values()), dtype=float), axis=1)
+        return float(np.nan_to_num(_mean(per_case, axis=0)))
+
+
+def validate(
+    model: SegmentationModel,
+    cases: Sequence[PreparedCase],
+    patch_size: tuple[int, ...],
+    labels: Labels,
+    loss: torch.nn.Module,
+    config: WindowConfig,
+    *,
+    keep: Sequence[str] = (),
+) -> tuple[ValidationResult, dict[str, np.ndarray]]:
+    """Predict whole prepared cases by sliding window.
+
+    Args:
+        model: put into eval mode for it, and back.
+        cases: with labels.
+        patch_size: the tile.
+        labels: the classes.
+        loss: applied to the middle tile of each case, as a comparison with the training loss.
+        config: tiling.
+        keep: ids of cases whose predictions are returned, for pictures.
+    Returns:
+        The result, and the kept predictions (uint8 class indices, as the case's prepared label).
+    """
+    was_training = model.training
+    model.eval()
+    dice: dict[str, tuple[float, ...]] = {}
+    losses: list[float] = []
+    kept: dict[str, np.ndarray] = {}
+    for case in cases:
+        logits = sliding_window_logits(model, case.image, patch_size, labels.num_classes, config)
+        predicted = logits.argmax(0).to(torch.uint8).cpu().numpy()
+        results = measure_case(predicted, case.label.numpy(), case.grid, num_classes=labels.num_classes, names=["dice"])
+        dice[case.case_id] = tuple(r.values["dice"] for r in results)
+        size = tuple(min(p, s) for p, s in zip(patch_size, logits.shape[1:], strict=True))
+        start = [(s - n) // 2 for s, n in zip(logits.shape[1:], size, strict=True)]
+        middle = cut(logits, start, size)[None]
+        losses.append(float(loss(middle, centre_crop(case.label, size)[None].to(logits.device))))
+        if case.case_id in keep:
+            kept[case.case_id] = predicted
+    model.train(was_training)
+    return ValidationResult(dice, float(np.mean(losses))), kept
+
+
+def final_validation(
+    run: Path,
+    predictor: Predictor,
+    cases: Sequence[Case],
+    labels: Labels,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Predict the validation cases from their files, onto their own grids; write labels, metrics and pictures.
+
+    Everything lands in `run/validation/`: one label file per case, metrics.csv, summary.csv, metrics.json and
+    overlays of the worst, the median and the best case.
+    """
+    folder = run / FINAL_FOLDER
+    (folder / "overlays").mkdir(parents=True, exist_ok=True)
+    num_channels = predictor.bundle.info.plan.num_channels
+    rows: list[Row] = []
+    frame = ""
+    for done, case in enumerate(cases, start=1):
+        image = load_image(case, num_channels=num_channels)
+        predicted = predictor.predict(image)
+        write_label(folder / label_name(case.case_id, image), predicted)
+        reference = load_label_values(case, image.grid)
+        rows += evaluate_pair(predicted, reference, labels, case=case.case_id)
+        frame = image.grid.frame
+        if progress is not None:
+            progress(done, len(cases))
+    write_predictions_table(folder, labels)
+    evaluation = Evaluation(tuple(rows), labels, frame=frame)
+    evaluation.write(folder)
+    _draw_extremes(folder, evaluation, {case.case_id: case for case in cases}, labels, num_channels)
+    return evaluation
+
+
+def _draw_extremes(
+    folder: Path, evaluation: Evaluation, cases: Mapping[str, Case], labels: Labels, num_channels: int
+) -> None:
+    dice = {case: value for case, value in evaluation.case_means("dice").items() if not np.isnan(value)}
+    ranked = sorted(dice, key=lambda case: dice[case])
+    picks = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1} if ranked else {}
+    for name, index in picks.items():
+        case = cases[ranked[index]]
+        image = load_image(case, num_channels=num_channels)
+        save_overlay(
+            folder / "overlays" / f"{name}_{case.case_id}.png",
+            image,
+            labels=labels,
+            reference=load_label_values(case, image.grid),
+            predicted=open_label(folder / label_name(case.case_id, image)),
+            title=f"{case.case_id} ({name} of {len(ranked)})",
+        )
+
+
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean that leaves NaN out; NaN where nothing is left, without a warning."""
+    present = ~np.isnan(values)
+    count = present.sum(axis)
+    total = np.where(present, values, 0).sum(axis)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

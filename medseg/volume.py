@@ -1,0 +1,233 @@
+"""A scan as an array and where it lies: `Grid` and `Volume`.
+
+Conventions, all in this one place:
+
+- **Index order.** The spatial axes of an array stand in the order of its file: (i, j, k) for NIfTI and for DICOM
+  (i along a row, j down the columns, k from slice to slice), (row, column) for pictures. The affine maps *these*
+  indices; nothing is ever transposed without its grid.
+- **World frame.** Millimetres in `WORLD_FRAME` (NIfTI's RAS+: x to the Right, y to the Anterior, z to the Superior).
+  DICOM's LPS is converted where DICOM is read and written, nowhere else.
+- **Spacing** is along the array's axes, in the array's order.
+- **Model order.** Networks see volumes in `MODEL_ORIENTATION`: axis 0 runs to the Superior, 1 to the Posterior, 2 to
+  the Left, so `array[d]` is an axial slice that looks as radiologists look at it.
+- **Pictures** (PNG, TIFF) lie nowhere in a patient; their frame is `PIXEL_FRAME` and their spacing 1 pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nibabel.orientations as nio
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from medseg.errors import Code, MedsegError
+
+WORLD_FRAME = "RAS"
+"""World coordinates of volumes: mm, +x Right, +y Anterior, +z Superior. NIfTI's frame, so most files need no change."""
+PIXEL_FRAME = "pixel"
+"""Frame of pictures, which have no position in a patient; distances are in pixels."""
+MODEL_ORIENTATION = "SPL"
+"""Axes of an array as networks see it: slices first, then rows downwards, then columns to the patient's left."""
+
+GRID_TOLERANCE_MM = 1e-2
+"""Corners of two grids further apart than this (mm) make them different grids. NIfTI stores affines as float32, and
+quaternions lose another digit: 1e-3 mm is reached at 300 mm from the origin; a hundredth of a mm is never visible."""
+SHEAR_TOLERANCE = 1e-3
+"""Largest |cosine| between two axes that still counts as perpendicular (0.06 degrees)."""
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the voxels of an array lie.
+
+    Args:
+        shape: number of voxels along each array axis; 3 axes for volumes, 2 for pictures.
+        affine: (n+1, n+1) matrix from array indices to world coordinates (mm in `WORLD_FRAME`; pixels for pictures).
+        frame: `WORLD_FRAME` or `PIXEL_FRAME`.
+    Raises:
+        MedsegError: E_AFFINE if the affine has the wrong shape, is not finite or is singular;
+            E_SHEAR if its axes are not perpendicular.
+    """
+
+    shape: tuple[int, ...]
+    affine: FloatArray
+    frame: str = WORLD_FRAME
+
+    def __post_init__(self) -> None:
+        n = len(self.shape)
+        affine = np.asarray(self.affine, dtype=np.float64)
+        object.__setattr__(self, "shape", tuple(int(s) for s in self.shape))
+        object.__setattr__(self, "affine", affine)
+        if affine.shape != (n + 1, n + 1):
+            raise MedsegError(
+                Code.AFFINE, "the affine does not fit the array", expected=(n + 1, n + 1), got=affine.shape
+            )
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:n, :n])) < 1e-12:
+            raise MedsegError(
+                Code.AFFINE,
+                "the affine is singular or not finite",
+                got=np.array2string(affine, precision=4),
+                remedy="repair the header with the position that the scanner recorded",
+            )
+        cosines = self.direction.T @ self.direction - np.eye(n)
+        if np.abs(cosines).max() > SHEAR_TOLERANCE:
+            raise MedsegError(
+                Code.SHEAR,
+                "the axes of the volume are not perpendicular",
+                expected=f"|cosine| at most {SHEAR_TOLERANCE}",
+                got=f"{np.abs(cosines).max():.4f}",
+                remedy="resample the volume to a rectangular grid first",
+            )
+
+    @classmethod
+    def of_picture(cls, shape: tuple[int, ...]) -> Grid:
+        """The grid of a picture: index space itself, in pixels."""
+        return cls(shape, np.eye(len(shape) + 1), PIXEL_FRAME)
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial axes: 2 or 3."""
+        return len(self.shape)
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Voxel size along each array axis, in mm (1 pixel for pictures)."""
+        n = self.ndim
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:n, :n], axis=0))
+
+    @property
+    def direction(self) -> FloatArray:
+        """(n, n) unit vectors of the array's axes in the world, as columns."""
+        n = self.ndim
+        direction: FloatArray = self.affine[:n, :n] / np.linalg.norm(self.affine[:n, :n], axis=0)
+        return direction
+
+    @property
+    def orientation(self) -> str:
+        """The nearest anatomical direction of each array axis ("RAS", "SPL"); "" for pictures."""
+        if self.frame == PIXEL_FRAME:
+            return ""
+        return "".join(nio.aff2axcodes(self.affine))
+
+    def to_world(self, index: ArrayLike) -> FloatArray:
+        """World coordinates of voxel centres. `index` has shape (..., n), in array order."""
+        n = self.ndim
+        world: FloatArray = np.asarray(index, dtype=np.float64) @ self.affine[:n, :n].T + self.affine[:n, n]
+        return world
+
+    def to_index(self, world: ArrayLike) -> FloatArray:
+        """Array indices (fractional) of world points of shape (..., n)."""
+        n = self.ndim
+        inverse = np.linalg.inv(self.affine)
+        index: FloatArray = np.asarray(world, dtype=np.float64) @ inverse[:n, :n].T + inverse[:n, n]
+        return index
+
+    def corners(self) -> FloatArray:
+        """World coordinates of the centres of the corner voxels, shape (2**n, n)."""
+        index = np.stack(np.meshgrid(*[(0, s - 1) for s in self.shape], indexing="ij"), axis=-1)
+        return self.to_world(index.reshape(-1, self.ndim))
+
+    def difference(self, other: Grid, tolerance_mm: float = GRID_TOLERANCE_MM) -> str | None:
+        """What makes two grids different, in words; None if they are the same within `tolerance_mm`."""
+        if self.frame != other.frame:
+            return f"frame {self.frame} against {other.frame}"
+        if self.shape != other.shape:
+            return f"shape {self.shape} against {other.shape}"
+        distance = float(np.linalg.norm(self.corners() - other.corners(), axis=1).max())
+        if distance <= tolerance_mm:
+            return None
+        parts = [f"corners up to {distance:.4g} mm apart"]
+        if not np.allclose(self.spacing_mm, other.spacing_mm, rtol=0, atol=1e-4):
+            parts.append(f"spacing {_short(self.spacing_mm)} against {_short(other.spacing_mm)} mm")
+        if not np.allclose(self.direction, other.direction, atol=1e-4):
+            parts.append(f"orientation {self.orientation} against {other.orientation}")
+        offset = other.affine[:-1, -1] - self.affine[:-1, -1]
+        if np.abs(offset).max() > tolerance_mm:
+            parts.append(f"origin shifted by {_short(offset)} mm")
+        return ", ".join(parts)
+
+    def reoriented(self, orientation: str) -> Grid:
+        """The same voxels with the array's axes permuted and flipped to `orientation`; pictures stay as they are."""
+        axes = self._axes_to(orientation)
+        affine = self.affine @ nio.inv_ornt_aff(axes, self.shape)
+        shape = np.empty(self.ndim, dtype=int)
+        shape[axes[:, 0].astype(int)] = self.shape
+        return Grid(tuple(int(s) for s in shape), affine, self.frame)
+
+    def resampled(self, shape: tuple[int, ...]) -> Grid:
+        """The same box in space cut into `shape` voxels: outer voxel *edges* coincide, not centres."""
+        scale = np.asarray(self.shape, dtype=np.float64) / np.asarray(shape, dtype=np.float64)
+        transform = np.eye(self.ndim + 1)
+        transform[: self.ndim, : self.ndim] = np.diag(scale)
+        transform[: self.ndim, self.ndim] = (scale - 1) / 2
+        return Grid(shape, self.affine @ transform, self.frame)
+
+    def _axes_to(self, orientation: str) -> FloatArray:
+        """nibabel's orientation transform: row i = (new axis of array axis i, flip ±1)."""
+        if self.frame == PIXEL_FRAME:
+            return np.stack([np.arange(self.ndim), np.ones(self.ndim)], axis=1)
+        return np.asarray(
+            nio.ornt_transform(nio.io_orientation(self.affine), nio.axcodes2ornt(orientation)), dtype=np.float64
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An array and where it lies.
+
+    Args:
+        array: shape (C, *grid.shape) for images, or grid.shape for label maps.
+        grid: where its voxels lie.
+        modality: "CT", "MR", "PT", ... where the file tells, else None.
+    Raises:
+        MedsegError: E_GRID if the array does not fit the grid.
+    """
+
+    array: NDArray[np.generic]
+    grid: Grid
+    modality: str | None = None
+
+    def __post_init__(self) -> None:
+        n = self.grid.ndim
+        if self.array.ndim not in (n, n + 1) or self.array.shape[-n:] != self.grid.shape:
+            raise MedsegError(
+                Code.GRID, "the array does not fit its grid", expected=self.grid.shape, got=self.array.shape
+            )
+
+    @property
+    def is_label(self) -> bool:
+        """True where there is no channel axis."""
+        return self.array.ndim == self.grid.ndim
+
+    def reoriented(self, orientation: str = MODEL_ORIENTATION) -> Volume:
+        """Permute and flip the axes (a view, no copy) so that they run along `orientation`; pictures stay."""
+        array = _apply_axes(self.array, self.grid._axes_to(orientation), self.grid.ndim)
+        return Volume(array, self.grid.reoriented(orientation), self.modality)
+
+    def oriented_as(self, grid: Grid) -> Volume:
+        """Permute and flip the axes back to those of `grid`: the inverse of `reoriented`.
+
+        Raises:
+            MedsegError: E_GRID if the result does not lie on `grid`.
+        """
+        result = self if self.grid.frame == PIXEL_FRAME else self.reoriented(grid.orientation)
+        difference = result.grid.difference(grid)
+        if difference is not None:
+            raise MedsegError(Code.GRID, "the array does not lie on the grid asked for", got=difference)
+        return Volume(result.array, grid, self.modality)
+
+
+def _apply_axes(array: NDArray[np.generic], axes: FloatArray, ndim: int) -> NDArray[np.generic]:
+    """Apply a nibabel orientation transform to the last `ndim` axes."""
+    lead = array.ndim - ndim
+    flips = tuple(slice(None, None, -1) if axes[i, 1] < 0 else slice(None) for i in range(ndim))
+    array = array[(slice(None),) * lead + flips]
+    order = np.argsort(axes[:, 0])
+    return array.transpose(*range(lead), *(lead + order))
+
+
+def _short(values: ArrayLike) -> str:
+    return "(" + ", ".join(f"{v:.4g}" for v in np.asarray(values, dtype=np.float64)) + ")"

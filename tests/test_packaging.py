@@ -1,0 +1,80 @@
+"""What is shipped: the wheel holds the package, its configurations and the licence, and works away from here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import medseg
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(REPOSITORY)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_all_that_is_needed_and_no_more(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    configs = {f"medseg/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "configs").rglob("*.yaml")}
+    modules = {str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "medseg").rglob("*.py")}
+    assert configs
+    assert held >= configs | modules
+    info = f"medseg-{medseg.__version__}.dist-info"
+    assert f"{info}/licenses/LICENSE" in held
+    assert {name.split("/")[0] for name in held} == {"medseg", info}
+
+
+def test_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked elsewhere and run in an empty folder, `medseg train` finds its configurations."""
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = (
+        "import sys, pathlib, medseg\n"
+        f"assert pathlib.Path(medseg.__file__).is_relative_to({str(site)!r}), medseg.__file__\n"
+        "from medseg.cli import main\n"
+        "main(['train', '--cfg', 'job', 'data.root=nowhere'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=empty, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "root: nowhere" in result.stdout
+
+
+def test_licence_is_the_apache_licence_whole() -> None:
+    text = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in text
+    assert "TERMS AND CONDITIONS FOR USE, REPRODUCTION, AND DISTRIBUTION" in text
+    assert all(f"\n   {number}. " in text for number in range(1, 10))
+    assert text.rstrip().endswith("limitations under the License.")
+
+
+def test_torch_and_torchvision_end_together() -> None:
+    """Each torchvision pins one torch: a range that reaches further would drag torch out of its own."""
+    dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+
+    def minors(package: str, major: int) -> list[int]:
+        (requirement,) = [d for d in dependencies if re.match(rf"{package}[<>=]", d)]
+        return [int(n) for n in re.findall(rf"[<>]=?{major}\.(\d+)", requirement)]
+
+    torch, torchvision = minors("torch", 2), minors("torchvision", 0)
+    assert len(torch) == len(torchvision) == 2
+    assert torchvision == [n + 15 for n in torch]  # 2.10 <-> 0.25

@@ -1,0 +1,108 @@
+"""Tiling: coverage, weights, equality with the bare network and with MONAI's tiling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medseg.errors import MedsegError
+from medseg.inference.sliding_window import (
+    WindowConfig,
+    gaussian_weight,
+    sliding_window_logits,
+    tile_starts,
+)
+from medseg.models import MODELS, SegmentationModel
+
+
+class Pointwise(SegmentationModel):
+    """Scores that depend on each voxel alone: any tiling must give the same."""
+
+    def __init__(self, margin: int = 0) -> None:
+        super().__init__()
+        self.margin = margin
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(n - 2 * self.margin for n in input_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(x.shape))
+        m = self.margin
+        inner = x[(..., *(slice(m, n - m) for n in x.shape[2:]))]
+        return torch.cat([inner * self.scale, inner**2], 1)
+
+
+@pytest.mark.parametrize("shape", [(20, 31), (5, 40), (3, 3), (16, 16), (9, 21, 17), (33, 4, 8)])
+@pytest.mark.parametrize("margin", [0, 3])
+@pytest.mark.parametrize("step", [0.5, 1.0])
+def test_any_size_is_covered_exactly(shape: tuple[int, ...], margin: int, step: float) -> None:
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    model = Pointwise(margin)
+    patch = (16,) * len(shape)
+    logits = sliding_window_logits(model, image, patch, 2, WindowConfig(step=step, batch_size=3))
+    torch.testing.assert_close(logits, torch.cat([image, image**2]), atol=1e-5, rtol=1e-5)
+    assert {s[2:] for s in model.shapes} == {patch}  # the network only ever sees whole tiles
+
+
+def test_mirroring_averages_the_flipped_passes() -> None:
+    image = torch.randn(1, 8, 8)
+
+    class FirstRow(Pointwise):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros(x.shape[0], 2, *x.shape[2:])
+            out[:, 1, 0] = self.scale  # marks the first row of whatever it sees
+            return out
+
+    logits = sliding_window_logits(FirstRow(), image, (8, 8), 2, WindowConfig(mirror_axes=(0,)))
+    assert logits[1, 0].tolist() == [0.5] * 8 and logits[1, -1].tolist() == [0.5] * 8
+    assert logits[1, 1:-1].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    "size, tile, step", [(100, 32, 0.5), (32, 32, 0.5), (33, 32, 0.5), (64, 32, 1.0), (50, 7, 0.3)]
+)
+def test_tiles_cover_and_overlap(size: int, tile: int, step: float) -> None:
+    starts = [s for (s,) in tile_starts([size], [tile], step)]
+    assert starts[0] == 0 and starts[-1] == size - tile
+    assert all(b - a <= np.ceil(tile * step) for a, b in zip(starts, starts[1:], strict=False))
+
+
+def test_gaussian_weight() -> None:
+    weight = gaussian_weight((9, 17))
+    assert weight.argmax() == 4 * 17 + 8 and weight.max() == 1 and weight.min() > 0
+    assert weight[4, 10] / weight[4, 8] == pytest.approx(np.exp(-0.5 * (2 / (17 / 8)) ** 2), rel=1e-4)
+
+
+def test_equals_the_bare_network_on_one_tile() -> None:
+    torch.manual_seed(0)
+    model = MODELS.build({"name": "unet", "widths": [4, 8]}, in_channels=2, num_classes=3, spatial_dims=3).eval()
+    image = torch.randn(2, 8, 12, 16)
+    with torch.no_grad():
+        expected = model(image[None])[0]
+    got = sliding_window_logits(model, image, (8, 12, 16), 3, WindowConfig())
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_agrees_with_monai(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same tiles where sizes divide. Weights are equal here: MONAI discretises its Gaussian otherwise."""
+    from medseg.torchvision_compat import prepare_torchvision
+
+    prepare_torchvision()
+    from monai.inferers import sliding_window_inference
+
+    torch.manual_seed(0)
+    model = MODELS.build({"name": "unet", "widths": [4, 8]}, in_channels=1, num_classes=2, spatial_dims=2).eval()
+    image = torch.randn(1, 48, 64)
+    with torch.no_grad():
+        theirs = sliding_window_inference(image[None], (16, 32), 4, model, overlap=0.5, mode="constant")[0]
+    monkeypatch.setattr("medseg.inference.sliding_window.gaussian_weight", torch.ones)
+    ours = sliding_window_logits(model, image, (16, 32), 2, WindowConfig())
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_bad_step() -> None:
+    with pytest.raises(MedsegError, match="0 < step <= 1"):
+        WindowConfig(step=0)
