@@ -247,7 +247,8 @@ def _unknown_key(key: str, config_name: str, arguments: Sequence[str]) -> Medseg
     parent, _, last = name.rpartition(".")
     groups = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith(("-", "hydra"))]
     try:
-        config = _compose(config_name, [g for g in groups if g.split("=")[0] in {*PART_GROUPS, *PLAIN_GROUPS}])
+        known_groups = {*PART_GROUPS, *PLAIN_GROUPS} - {name}
+        config = _compose(config_name, [g for g in groups if g.split("=")[0] in known_groups])
         node = OmegaConf.select(config, parent) if parent else config
         known = [str(k) for k in node] if isinstance(node, DictConfig) else []
         while parent and not known:
@@ -256,10 +257,16 @@ def _unknown_key(key: str, config_name: str, arguments: Sequence[str]) -> Medseg
             known = [str(k) for k in node] if isinstance(node, DictConfig) else []
     except (HydraException, OmegaConfBaseException):
         known = []
-    if last in known:  # a group given as a key without an option, or a value of the wrong kind
-        remedy = f"choose one of: {', '.join(group_options(last))}"
-    else:
-        remedy = nearest(last, known) if known else "medseg train --help lists all keys"
+    if not parent and last in known and group_options(last):
+        return MedsegError(
+            Code.CONFIG,
+            f"{name} takes the name of an option",
+            where=name,
+            expected=" | ".join(group_options(last)),
+            remedy=f"set single values by {name}.KEY=VALUE",
+        )
+    remedy = nearest(last, known) if known else "medseg train --help lists all keys"
+    if known:
         remedy = re.sub(r"'([^']+)'", lambda m: f"'{parent}.{m.group(1)}'" if parent else m.group(0), remedy)
     return MedsegError(Code.CONFIG, f"unknown key {name}", where=name, remedy=remedy)
 

@@ -62,7 +62,7 @@ def run(task: Task, folder: Path, scale: float) -> dict[str, Any]:
         "steps": int(last[0]),
         "minutes": float(last[1]),
         "summary": metrics["summary"],
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
         "processor": platform.processor() or platform.machine(),
     }
 

@@ -193,6 +193,18 @@ def with_patch(plan: Plan, patch_size: Axes, reason: str) -> Plan:
     return replace(plan, patch_size=patch_size, reasons={**plan.reasons, "patch_size": reason})
 
 
+def with_model(plan: Plan, given: Mapping[str, Any]) -> Plan:
+    """The same plan with the widths, kernels and strides that the model's own settings state."""
+    dims = plan.spatial_dims
+    values: dict[str, Any] = {}
+    for name, of_stages in given.items():
+        if name == "widths":
+            values[name] = tuple(of_stages)
+        else:
+            values[name] = tuple((s,) * dims if isinstance(s, int) else tuple(s) for s in of_stages)
+    return replace(plan, **values, reasons={**plan.reasons, **{name: f"set by model.{name}" for name in given}})
+
+
 def _in_model_order(survey: Survey) -> tuple[np.ndarray, np.ndarray]:
     """Spacings and shapes of all cases along the model's axes, each (N, dims)."""
     spacings, shapes = [], []

@@ -34,6 +34,10 @@ class SegmentationModel(nn.Module):
         """
         raise NotImplementedError
 
+    def next_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """The smallest size along each axis, from `size` on, that fits."""
+        return tuple(-(-length // d) * d for length, d in zip(size, self.divisor, strict=True))
+
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Class scores (logits).
 

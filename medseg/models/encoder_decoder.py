@@ -175,6 +175,10 @@ class EncoderDecoder(SegmentationModel):
             )
         return tuple(per_stage[-1] for per_stage in lengths)
 
+    def next_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """The smallest size along each axis, from `size` on, that fits."""
+        return tuple(n if self._fits(n, axis) else self._next_fit(n, axis) for axis, n in enumerate(size))
+
     def _lengths(self, length: int, axis: int) -> list[int]:
         """Length along an axis after each stage of the encoder, then of the decoder."""
         lengths = [length]

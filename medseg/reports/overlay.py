@@ -7,6 +7,7 @@ prediction a translucent fill of the same colour.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from medseg.labels import Labels
 from medseg.metrics.case import measure_case
 from medseg.reports.layout import Layout, arrange
 from medseg.reports.palette import class_colours
-from medseg.reports.planes import View, views_of
+from medseg.reports.planes import View, slice_views, views_of
 from medseg.volume import Grid, Volume
 
 DPI = 150
@@ -36,7 +37,8 @@ _HALO = [withStroke(linewidth=2.2, foreground="#000000A0")]
 """A dark rim that keeps letters and lines legible on bright tissue."""
 MAX_LEGEND = 12
 """Classes in the legend; with more, those with the most voxels."""
-FALSE_POSITIVE, FALSE_NEGATIVE, OTHER_CLASS = "#E69F00", "#56B4E9", "#F0E442"
+FALSE_POSITIVE, FALSE_NEGATIVE, OTHER_CLASS = "#FF4136", "#2E8BFF", "#FFFFFF"
+"""None of them is the colour of one of the first classes, which stand beside the error map."""
 _ERROR_NAMES = ((FALSE_POSITIVE, "too much"), (FALSE_NEGATIVE, "missed"), (OTHER_CLASS, "other class"))
 
 IndexMap = NDArray[np.uint8]
@@ -92,8 +94,38 @@ def overlay_figure(
         MedsegError: E_GRID if a mask does not lie on the image's grid, E_LABEL for unknown values.
     """
     masks = _Masks(_indices(reference, image.grid, labels), _indices(predicted, image.grid, labels))
-    panels = _panels(image, masks)
-    entries = _legend(labels, masks, image.grid)
+    return _figure(_panels(image, masks), labels, title, _legend(labels, masks, image.grid))
+
+
+def slices_figure(
+    image: Volume,
+    indices: Sequence[int],
+    *,
+    labels: Labels,
+    reference: Volume,
+    predicted: Volume,
+    title: str = "",
+) -> Figure:
+    """Draw slices of a case: the image, the reference, the prediction, and where the two differ.
+
+    Args:
+        image: shape (C, *grid.shape).
+        indices: the slices, as `planes.slice_axis` numbers them (from 0).
+        labels: the classes; masks hold their file values.
+        reference: label map on the image's grid.
+        predicted: label map on the image's grid.
+        title: a heading, such as the case id.
+    Raises:
+        MedsegError: E_GRID, E_LABEL as `overlay_figure`.
+    """
+    masks = _Masks(_indices(reference, image.grid, labels), _indices(predicted, image.grid, labels))
+    views = slice_views(image, masks.reference, masks.predicted, masks.leading, indices)
+    # Dice beside these slices would be read as theirs, and it is the whole case's: names only.
+    return _figure(_comparison(views), labels, title, _legend(labels, masks))
+
+
+def _figure(panels: list[list[_Panel]], labels: Labels, title: str, entries: list[tuple[str, str]]) -> Figure:
+    """Panels, indexed [thing][view], with the title above and the legend below."""
     aspects = [panel.view.aspect for panel in panels[0]]
     layout = arrange(aspects, num_rows=len(panels), title=bool(title), num_legend=len(entries))
     figure = Figure(figsize=layout.size, facecolor=BACKGROUND, dpi=DPI)
@@ -130,14 +162,7 @@ def _panels(image: Volume, masks: _Masks) -> list[list[_Panel]]:
     has_reference, has_prediction = masks.reference is not None, masks.predicted is not None
     rows = [[_Panel(view, view.caption) for view in views]]
     if image.grid.ndim == 2 and has_reference and has_prediction:
-        (view,) = views
-        panels = [
-            _Panel(view, "image"),
-            _Panel(view, "reference", line=True),
-            _Panel(view, "prediction", fill=True),
-            _Panel(view, "errors", errors=True),
-        ]
-        return [[panel] for panel in panels]
+        return _comparison(views)
     if has_reference or has_prediction:
         heading = " + ".join(["reference (line)"] * has_reference + ["prediction (fill)"] * has_prediction)
         rows.append(
@@ -147,6 +172,16 @@ def _panels(image: Volume, masks: _Masks) -> list[list[_Panel]]:
             ]
         )
     return rows
+
+
+def _comparison(views: list[View]) -> list[list[_Panel]]:
+    """Each view as it is, with the reference, with the prediction, with the errors."""
+    return [
+        [_Panel(view, view.caption) for view in views],
+        [_Panel(view, "reference", line=True) for view in views],
+        [_Panel(view, "prediction", fill=True) for view in views],
+        [_Panel(view, "", errors=True) for view in views],  # headed by the key of its colours
+    ]
 
 
 def _indices(mask: Volume | None, grid: Grid, labels: Labels) -> IndexMap | None:
@@ -225,15 +260,15 @@ def _error_key(ax: Axes) -> None:
     )  # fmt: skip
 
 
-def _legend(labels: Labels, masks: _Masks, grid: Grid) -> list[tuple[str, str]]:
-    """(colour, text) of the classes that the masks hold, with their Dice where there are both."""
+def _legend(labels: Labels, masks: _Masks, grid: Grid | None = None) -> list[tuple[str, str]]:
+    """(colour, text) of the classes that the masks hold, with their Dice where there are both and a grid is given."""
     present = [mask for mask in (masks.reference, masks.predicted) if mask is not None]
     if not present:
         return []
     counts = np.sum([np.bincount(mask.ravel(), minlength=labels.num_classes) for mask in present], axis=0)
     chosen = sorted(np.argsort(-counts[1:], kind="stable")[:MAX_LEGEND] + 1)
     texts = {index: labels.names[index] for index in chosen if counts[index]}
-    if masks.reference is not None and masks.predicted is not None:
+    if masks.reference is not None and masks.predicted is not None and grid is not None:
         results = measure_case(masks.predicted, masks.reference, grid, num_classes=labels.num_classes, names=("dice",))
         texts = {index: f"{text}   Dice {results[index - 1].values['dice']:.3f}" for index, text in texts.items()}
     colours = class_colours(labels.num_classes - 1)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.volume import MODEL_ORIENTATION, PIXEL_FRAME, Volume
+from medseg.volume import MODEL_ORIENTATION, PIXEL_FRAME, Grid, Volume
 
 WINDOW_PERCENTILES = (0.5, 99.5)
 """Intensities from black to white, so that a few bright voxels do not darken the rest."""
 SOFT_TISSUE_HU = (-160.0, 240.0)
 """The radiologists' window of the abdomen, for CT whose structures lie within it; air and metal would flatten the
 percentiles."""
+COARSER = 1.2
+"""A scan has slices along the axis whose spacing is more than this times that of the others."""
 _WINDOW_SAMPLES = 2_000_000
 _RULER_MM = (1, 2, 5, 10, 20, 50, 100, 200)
 _RULER_SHARE = 0.3
@@ -85,32 +88,84 @@ def views_of(
         The axial, coronal and sagittal slice (those that are more than a line), or the picture.
     """
     if image.grid.frame == PIXEL_FRAME:
-        return [View(_picture(image.array), reference, predicted, (1.0, 1.0), "image", ("", "", "", ""), None)]
-    turned = image.reoriented(MODEL_ORIENTATION)
-    spacing_mm, shape = turned.grid.spacing_mm, turned.grid.shape
-    masks = [None if m is None else Volume(m, image.grid).reoriented().array for m in (reference, predicted, leading)]
-    window = _window(turned.array[0])
-    if image.modality == "CT" and _in_soft_tissue(turned.array[0], masks[2]):
-        window = SOFT_TISSUE_HU
+        return [_picture_view(image, reference, predicted)]
+    case = _Case.of(image, reference, predicted, leading)
+    shape = case.image.shape
     planes = [p for p in _PLANES if min(n for axis, n in enumerate(shape) if axis != p.axis) > 1] or list(_PLANES[:1])
-    views = []
-    for plane in planes:
-        index = _largest_slice(masks[2], plane.axis, shape[plane.axis])
-        height_mm, width_mm = (s for axis, s in enumerate(spacing_mm) if axis != plane.axis)
-        cuts = [None if m is None else _cut(m, plane, index).astype(np.uint8) for m in masks[:2]]
-        pixels = _scaled(_cut(turned.array[0], plane, index), window)
-        views.append(
-            View(
-                pixels,
-                cuts[0],
-                cuts[1],
-                (height_mm, width_mm),
-                f"{plane.name}  {index + 1}/{shape[plane.axis]}",
-                plane.sides,
-                _ruler(pixels.shape[1] * width_mm),
-            )
+    return [case.view(plane, _largest_slice(case.leading, plane.axis, shape[plane.axis])) for plane in planes]
+
+
+def slice_views(
+    image: Volume,
+    reference: IndexMap | None,
+    predicted: IndexMap | None,
+    leading: IndexMap | None,
+    indices: Sequence[int],
+) -> list[View]:
+    """Slices of a case in the plane in which it was scanned (`slice_axis`).
+
+    Args:
+        image: shape (C, *grid.shape).
+        reference: class indices on the image's grid, or None.
+        predicted: class indices on the image's grid, or None.
+        leading: the mask that settles the window of a CT.
+        indices: along `slice_axis`, in `MODEL_ORIENTATION`; a picture is its own only slice.
+    """
+    if image.grid.frame == PIXEL_FRAME:
+        return [_picture_view(image, reference, predicted) for _ in indices]
+    case = _Case.of(image, reference, predicted, leading)
+    plane = _PLANES[slice_axis(image.grid)]
+    return [case.view(plane, index) for index in indices]
+
+
+def slice_axis(grid: Grid) -> int:
+    """The axis, in `MODEL_ORIENTATION`, across which a volume was scanned: the coarsest one if one is clearly coarser
+    than the rest, else the axis to the superior."""
+    spacing = grid.reoriented(MODEL_ORIENTATION).spacing_mm
+    *_, second, coarsest = sorted(spacing)
+    return spacing.index(coarsest) if coarsest > COARSER * second else 0
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Everything in `MODEL_ORIENTATION`, and the intensities from black to white."""
+
+    image: NDArray[np.generic]
+    reference: NDArray[np.generic] | None
+    predicted: NDArray[np.generic] | None
+    leading: NDArray[np.generic] | None
+    spacing_mm: tuple[float, ...]
+    window: tuple[float, float]
+
+    @classmethod
+    def of(
+        cls, image: Volume, reference: IndexMap | None, predicted: IndexMap | None, leading: IndexMap | None
+    ) -> _Case:
+        turned = image.reoriented(MODEL_ORIENTATION)
+        truth, guess, lead = (
+            None if m is None else Volume(m, image.grid).reoriented().array for m in (reference, predicted, leading)
         )
-    return views
+        is_soft_tissue = image.modality == "CT" and _in_soft_tissue(turned.array[0], lead)
+        window = SOFT_TISSUE_HU if is_soft_tissue else _window(turned.array[0])
+        return cls(turned.array[0], truth, guess, lead, turned.grid.spacing_mm, window)
+
+    def view(self, plane: _Plane, index: int) -> View:
+        height_mm, width_mm = (s for axis, s in enumerate(self.spacing_mm) if axis != plane.axis)
+        cuts = [None if m is None else _cut(m, plane, index).astype(np.uint8) for m in (self.reference, self.predicted)]
+        pixels = _scaled(_cut(self.image, plane, index), self.window)
+        return View(
+            pixels,
+            cuts[0],
+            cuts[1],
+            (height_mm, width_mm),
+            f"{plane.name}  {index + 1}/{self.image.shape[plane.axis]}",
+            plane.sides,
+            _ruler(pixels.shape[1] * width_mm),
+        )
+
+
+def _picture_view(image: Volume, reference: IndexMap | None, predicted: IndexMap | None) -> View:
+    return View(_picture(image.array), reference, predicted, (1.0, 1.0), "image", ("", "", "", ""), None)
 
 
 def _cut(array: NDArray[np.generic], plane: _Plane, index: int) -> NDArray[np.generic]:

@@ -35,14 +35,14 @@ class Journal:
         run: the run's folder.
         console: where the user reads.
         columns: columns of history.csv after step and minutes.
-        from_step: rows of a resumed run from this step on are dropped: they will be written again.
+        from_step: rows of a resumed run after this step are dropped: they will be written again.
     """
 
     def __init__(self, run: Path, console: Console, columns: list[str], *, from_step: int = 0) -> None:
         self.console = console
         self.path = run / HISTORY_FILE
         self.columns = ["step", "minutes", *columns]
-        kept = [row for row in read_history(self.path) if int(row["step"]) < from_step]
+        kept = [row for row in read_history(self.path) if int(row["step"]) <= from_step]
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
             writer.writeheader()

@@ -66,6 +66,12 @@ def resume_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         if key.startswith(OPTIMIZER_PREFIX):
             index, name = key.removeprefix(OPTIMIZER_PREFIX).split(".", 1)
             state.setdefault(int(index), {})[name] = value
+    # Fused optimizers walk moments and weights side by side in memory: the moments need the weights' layout.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in state.items():
+        for name, value in entries.items():
+            if value.shape == parameters[index].shape:
+                entries[name] = torch.empty_like(parameters[index]).copy_(value)
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in metadata["param_groups"]

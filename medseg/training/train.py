@@ -19,7 +19,7 @@ from torch import nn
 from medseg.bundle import BundleInfo, checkpoint_path, load_bundle
 from medseg.data.augment import Augmenter
 from medseg.data.cases import Case, find_cases
-from medseg.data.plan import Plan, make_plan
+from medseg.data.plan import Plan, make_plan, with_model, with_patch
 from medseg.data.preprocess import PreparedCase, prepare_cases
 from medseg.data.sampling import PatchSampler
 from medseg.data.splits import Split, make_split, write_split
@@ -81,13 +81,12 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     device = choose_device(experiment.trainer.device)
 
     found, cases, split = find_data(experiment, run, console)
-    plan, settings = plan_run(experiment, found, device)
-    info = BundleInfo(settings, plan, found.labels, found.channel_names)
+    info = plan_run(experiment, found, device)
     info.write(run)
+    plan, settings = info.plan, info.model
     plan.write(run / "plan.yaml")
 
     model = info.build_model().to(device, memory_format=memory_format(plan.spatial_dims))  # type: ignore[call-overload]
-    model.output_size(plan.patch_size)  # refuses a patch that does not fit the network, before anything long
     describe(console, run, plan, settings, model, device)
     training, validation = prepare(experiment, plan, found.labels, cases, split, console)
 
@@ -131,21 +130,28 @@ def find_data(experiment: Experiment, run: Path, console: Console) -> tuple[Surv
     return found, {case.case_id: case for case in folder.cases}, split
 
 
-def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> tuple[Plan, dict[str, Any]]:
-    """The plan, and the model's settings with what the plan fills in (widths, kernels, strides left at null)."""
-    part = MODELS.part(str(experiment.model.get("name", "")))
-    fillable = {f.name for f in dataclasses.fields(part.config)} & {"widths", "kernels", "strides"}
-    settings = dict(experiment.model)
-    config = experiment.data.plan
-    widths, strides = settings.get("widths"), settings.get("strides")
-    for given in (widths, strides):
-        if given is not None and config.num_stages is None:
-            config = dataclasses.replace(config, num_stages=len(given))
-    plan = make_plan(found, config, device=device.type)
-    for name in fillable:
-        if settings.get(name) is None:
-            settings[name] = plan.to_json()[name]
-    return plan, settings
+def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> BundleInfo:
+    """The plan and the complete settings of the model: each takes from the other what the user has set there.
+
+    Raises:
+        MedsegError: E_MODEL if a patch size that was asked for does not fit the network; names the nearest that do.
+    """
+    config, settings = experiment.data.plan, dict(experiment.model)
+    part = MODELS.part(str(settings["name"]))
+    shared = [f.name for f in dataclasses.fields(part.config) if f.name in ("widths", "kernels", "strides")]
+    given = {name: settings[name] for name in shared if settings.get(name) is not None}
+    if given and config.num_stages is None:
+        config = dataclasses.replace(config, num_stages=len(next(iter(given.values()))))
+    plan = with_model(make_plan(found, config, device=device.type), given)
+    settings |= {name: plan.to_json()[name] for name in shared if name not in given}
+    info = BundleInfo(settings, plan, found.labels, found.channel_names)
+    model = info.build_model()
+    patch = model.next_size(plan.patch_size)
+    if config.patch_size is None and patch != plan.patch_size:
+        reason = f"{plan.reasons['patch_size']}; enlarged to what the network takes"
+        info = dataclasses.replace(info, plan=with_patch(plan, patch, reason))
+    model.output_size(info.plan.patch_size)
+    return info
 
 
 def prepare(
@@ -241,19 +247,20 @@ class Loop:
         self.model.train()
         started = time.monotonic() - 60 * self.counters.minutes
         mark, mark_step = time.monotonic(), self.counters.step
-        recent = torch.zeros((), device=self.device)
+        recent, num_recent = torch.zeros((), device=self.device), 0
         batches = self.sampler.prefetch(self.counters.step)
         try:
             while self.progress() < 1:
                 step, image, label = next(batches)
                 recent += self.train_step(step, image.to(self.device), label.to(self.device))
+                num_recent += 1
                 self.counters.step = step + 1
                 self.counters.minutes = (time.monotonic() - started) / 60
                 if self.counters.step % self.config.log_steps == 0:
                     seconds = max(time.monotonic() - mark, 1e-9)
                     speed = (self.counters.step - mark_step) * self.plan.batch_size / seconds
-                    self.log_training(journal, float(recent) / self.config.log_steps, speed)
-                    recent.zero_()
+                    self.log_training(journal, float(recent) / num_recent, speed)
+                    recent, num_recent = torch.zeros_like(recent), 0
                     mark, mark_step = time.monotonic(), self.counters.step
                 if self.is_time_to_validate():
                     self.validate(journal)

@@ -1,0 +1,123 @@
+"""The configuration: every YAML composes, every key exists, and mistakes are answered with the nearest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from medseg.config import (
+    PART_GROUPS,
+    PLAIN_GROUPS,
+    compose,
+    configs_folder,
+    group_options,
+    resume_arguments,
+    write_config,
+)
+from medseg.errors import MedsegError
+
+OPTIONS = [(p.parent.name, p.stem) for p in sorted(configs_folder().glob("*/*.yaml"))]
+
+
+@pytest.mark.parametrize("group, option", OPTIONS)
+def test_every_option_composes_and_says_what_it_is(group: str, option: str) -> None:
+    text = (configs_folder() / group / f"{option}.yaml").read_text()
+    comments = [line for line in text.splitlines() if line.startswith("#") and "@package" not in line]
+    assert comments, "the first lines say what the option is"
+    override = [f"{group}={option}"]
+    if option == "monai":
+        override.append("model.network=SegResNet")
+    experiment = compose("train", override)
+    if group in PART_GROUPS:
+        expected = yaml.safe_load(text)["name"]
+        assert getattr(experiment, group)["name"] == expected
+        for key, value in yaml.safe_load(text).items():
+            if key not in ("defaults", "name"):
+                assert getattr(experiment, group)[key] == value
+
+
+def test_every_part_has_an_option() -> None:
+    for group, registry in PART_GROUPS.items():
+        named = {yaml.safe_load((configs_folder() / group / f"{o}.yaml").read_text())["name"] for o in group_options(group)}
+        assert named == set(registry.names())
+
+
+def test_all_defaults_are_shown_and_equal_the_dataclasses() -> None:
+    experiment = compose("train", [])
+    for group, cls in PLAIN_GROUPS.items():
+        assert getattr(experiment, group) == cls()
+    for group, registry in PART_GROUPS.items():
+        settings = dict(getattr(experiment, group))
+        part = registry.part(settings.pop("name"))
+        assert set(settings) == {f.name for f in dataclasses.fields(part.config)}
+
+
+def test_overrides_reach_their_places() -> None:
+    experiment = compose(
+        "train",
+        ["model.widths=[4,8]", "model.skip=add", "data.labels={a: 1, b: [2, 3]}", "data.plan.patch_size=[8,8]", "seed=7",
+         "trainer.max_minutes=2", "optimizer=sgd", "optimizer.momentum=0.5"],
+    )  # fmt: skip
+    assert experiment.model["widths"] == [4, 8] and experiment.model["skip"] == "add"
+    assert experiment.data.labels == {"a": 1, "b": [2, 3]}
+    assert experiment.data.plan.patch_size == (8, 8)
+    assert (experiment.seed, experiment.trainer.max_minutes) == (7, 2.0)
+    assert experiment.optimizer["name"] == "sgd" and experiment.optimizer["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "override, code, words",
+    [
+        ("modle=unet", "E_CONFIG", "did you mean 'model'"),
+        ("model=unett", "E_CONFIG", "did you mean 'unet'"),
+        ("model.dropot=0.1", "E_CONFIG", "did you mean 'model.dropout'"),
+        ("trainer.max_minuts=3", "E_CONFIG", "'trainer.max_minutes'"),
+        ("data.split.folds=2", "E_CONFIG", "'data.split.fold'"),
+        ("model.skip=cat", "E_CONFIG", "concat | add"),
+        ("model.name=unot", "E_NAME", "did you mean 'unet'"),
+        ("optimizer.lr=fast", "E_CONFIG", "expected: float"),
+        ("data.plan.patch_size=3", "E_CONFIG", "where:    data.plan.patch_size"),
+        ("trainer.max_steps=-1", "E_CONFIG", "must be positive"),
+        ("trainer=huge", "E_CONFIG", "choose one of: default"),
+        ("model", "E_CONFIG", "key=value"),
+        ("model={a: 1}", "E_CONFIG", "fusionnet | fusionnet_narrow | monai | unet"),
+    ],
+)
+def test_mistakes_are_answered(override: str, code: str, words: str) -> None:
+    with pytest.raises(MedsegError) as caught:
+        compose("train", [override])
+    assert caught.value.code == code
+    assert words in str(caught.value)
+
+
+def test_written_configuration_states_everything(tmp_path: Path) -> None:
+    experiment = compose("train", ["seed=3", "model.widths=[4,8]"])
+    write_config(experiment, tmp_path)
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["seed"] == 3 and written["model"]["widths"] == [4, 8]
+    assert written["trainer"]["num_validations"] == experiment.trainer.num_validations
+
+
+def test_resume_takes_the_runs_own_overrides(tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "overrides.yaml").write_text("- model.skip=add\n- seed=3\n")
+    arguments = resume_arguments([f"resume={run}", "trainer.max_steps=9"])
+    assert arguments[:3] == ["model.skip=add", "seed=3", "trainer.max_steps=9"]
+    experiment = compose("train", [a for a in arguments if not a.startswith("hydra.")])
+    assert experiment.resume == str(run.resolve()) and experiment.seed == 3
+    with pytest.raises(MedsegError, match="E_RUN"):
+        resume_arguments([f"resume={tmp_path}"])
+
+
+def test_a_users_own_folder_of_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from medseg.cli import main
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 41\n")
+    monkeypatch.chdir(tmp_path)
+    main(["train", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job", "--resolve"])
+    assert "seed: 41" in capsys.readouterr().out

@@ -1,0 +1,169 @@
+"""The loop: what a run leaves behind, resume, schedules, early stopping, a loss that is not finite."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from medseg.bundle import checkpoint_path, read_checkpoint
+from medseg.config import compose
+from medseg.errors import MedsegError
+from medseg.formats import open_label, open_volume
+from medseg.training.schedules import SCHEDULES
+from medseg.training.train import TrainResult, train
+
+TINY = (
+    "data.plan.base_width=4", "data.plan.num_stages=2", "data.plan.patch_size=[8,16,16]", "trainer.device=cpu",
+    "trainer.num_validations=2", "trainer.log_steps=1", "trainer.overlay_cases=1", "trainer.final_predictions=false",
+)  # fmt: skip
+
+
+def run(data: Path, folder: Path, *overrides: str) -> TrainResult:
+    experiment = compose("train", [f"data.root='{data}'", *TINY, *overrides])
+    with (folder.parent / f"{folder.name}.txt").open("w") as log:
+        return train(experiment, folder, Console(file=log))
+
+
+def weights(folder: Path, name: str = "latest") -> dict[str, torch.Tensor]:
+    return {k: v for k, v in read_checkpoint(checkpoint_path(folder, name))[0].items() if k.startswith("model.")}
+
+
+def history(folder: Path) -> list[dict[str, str]]:
+    with (folder / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_holds_everything_about_it(tiny_run) -> None:
+    folder = tiny_run.run
+    expected = {"bundle.json", "checkpoints", "config.yaml", "curves.png", "history.csv", "plan.yaml", "split.json",
+                "survey.json", "tensorboard", "validation"}  # fmt: skip
+    assert expected <= {p.name for p in folder.iterdir()}
+    rows = history(folder)
+    assert [int(r["step"]) for r in rows if r["train_loss"]] == [2, 4, 6, 8, 10]
+    validations = [r for r in rows if r["val_dice_mean"]]
+    assert [int(r["step"]) for r in validations] == [5, 10]
+    per_class = [float(v) for k, v in validations[-1].items() if k.startswith("val_dice_") and k != "val_dice_mean"]
+    assert float(validations[-1]["val_dice_mean"]) == pytest.approx(np.mean(per_class), abs=1e-4)  # none is absent
+    plan = yaml.safe_load((folder / "plan.yaml").read_text())
+    assert plan["patch_size"] == [16, 24, 24] and plan["normalisation"] == "ct"
+
+
+def test_final_predictions_lie_on_the_scans_grids(tiny_run) -> None:
+    split = json.loads((tiny_run.run / "split.json").read_text())
+    metrics = json.loads((tiny_run.run / "validation" / "metrics.json").read_text())
+    assert metrics["num_cases"] == len(split["val"]) > 0
+    case = split["val"][0]
+    predicted = open_label(tiny_run.run / "validation" / f"{case}.nii.gz")
+    scan = open_volume(tiny_run.data / "imagesTr" / f"{case}_0000.nii.gz")
+    assert predicted.grid.difference(scan.grid) is None and predicted.array.dtype == np.uint8
+    assert list((tiny_run.run / "validation" / "overlays").glob("*.png"))
+
+
+def test_tensorboard_holds_scalars_pictures_and_the_configuration(tiny_run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tiny_run.run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "lr", "val/dice_mean", "val/dice_liver", "val/loss"} <= set(tags["scalars"])
+    (picture,) = tags["images"]
+    assert len(events.Images(picture)) == 2
+    text = {t for t in tags["tensors"] if t.startswith(("configuration", "plan"))}
+    assert len(text) == 2
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path: Path) -> None:
+    """6 steps straight and 3 + 3 give the same weights, optimizer and augmentation included, bit by bit."""
+    settings = ("trainer.precision=fp32", "schedule=cosine")
+    run(tiny_run.data, tmp_path / "straight", *settings, "trainer.max_steps=6")
+
+    interrupted = tmp_path / "interrupted"
+    with pytest.MonkeyPatch.context() as patch:
+        from medseg.training.train import Loop
+
+        original = Loop.train_step
+
+        def stop_at_3(self, step, image, label):
+            if step == 3:
+                raise KeyboardInterrupt
+            return original(self, step, image, label)
+
+        patch.setattr(Loop, "train_step", stop_at_3)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_run.data, interrupted, *settings, "trainer.max_steps=6")
+    assert [int(r["step"]) for r in history(interrupted)][-1] == 3
+    result = run(tiny_run.data, interrupted, *settings, "trainer.max_steps=6")
+    assert result.steps == 6
+    straight, resumed = weights(tmp_path / "straight"), weights(interrupted)
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    losses = [[r["train_loss"] for r in history(tmp_path / n) if r["train_loss"]] for n in ("straight", "interrupted")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_overfitting_learns(tiny_run, tmp_path: Path) -> None:
+    result = run(
+        tiny_run.data, tmp_path / "run", "debug=overfit", "trainer.max_minutes=null", "trainer.max_steps=40",
+        "trainer.log_steps=5", "optimizer.lr=0.01", "data.plan.base_width=8",
+    )  # fmt: skip
+    losses = [float(r["train_loss"]) for r in history(tmp_path / "run") if r["train_loss"]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert result.best_dice > float(next(r["val_dice_mean"] for r in history(tmp_path / "run") if r["val_dice_mean"]))
+
+
+def test_early_stopping(tiny_run, tmp_path: Path) -> None:
+    result = run(
+        tiny_run.data, tmp_path / "run", "trainer.max_steps=40", "trainer.num_validations=20", "trainer.patience=1",
+        "optimizer.lr=1e-12",
+    )  # fmt: skip
+    assert result.steps == 4  # validated at 2 (the best by being first) and at 4 (no better)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "medseg.training.train.Loop.train_step", lambda self, step, image, label: torch.tensor(math.nan)
+    )
+    with pytest.raises(MedsegError, match=r"(?s)E_NAN_LOSS.*step 1.*lower optimizer.lr"):
+        run(tiny_run.data, tmp_path / "run", "trainer.max_steps=4")
+    assert not checkpoint_path(tmp_path / "run", "best").exists()
+
+
+def test_time_budget(tiny_run, tmp_path: Path) -> None:
+    result = run(tiny_run.data, tmp_path / "run", "trainer.max_minutes=0.1", "schedule.warmup=0")
+    assert result.steps >= 1 and result.minutes >= 0.1
+    rates = [float(r["lr"]) for r in history(tmp_path / "run") if r["lr"]]
+    assert rates[-1] < 1e-3 / 2  # the schedule ran over time
+
+
+@pytest.mark.parametrize("model", ["model.padding=valid", "model=fusionnet", "model=monai"])
+def test_other_models_go_the_same_way(tiny_run, tmp_path: Path, model: str) -> None:
+    more = {
+        "model.padding=valid": ["model.deep_supervision=false", "model.down=max_pool", "data.plan.patch_size=null"],
+        "model=fusionnet": ["model.widths=[4,8]"],
+        "model=monai": ["model.network=SegResNet", "model.arguments={init_filters: 8}", "data.plan.patch_size=null"],
+    }[model]
+    result = run(tiny_run.data, tmp_path / "run", model, *more, "trainer.max_steps=2")
+    assert result.steps == 2 and math.isfinite(float(history(tmp_path / "run")[0]["train_loss"]))
+
+
+def test_a_patch_that_does_not_fit_is_refused_before_training(tiny_run, tmp_path: Path) -> None:
+    with pytest.raises(MedsegError, match="E_MODEL"):
+        run(tiny_run.data, tmp_path / "run", "data.plan.patch_size=[9,16,16]", "trainer.max_steps=1")
+
+
+@pytest.mark.parametrize("name", ["poly", "cosine"])
+def test_schedules(name: str) -> None:
+    schedule = SCHEDULES.build({"name": name, "warmup": 0.1})
+    factors = [schedule(p) for p in np.linspace(0, 1, 101)]
+    assert 0 < factors[0] < 0.01 and factors[10] == pytest.approx(1.0) and factors[-1] == pytest.approx(0, abs=1e-9)
+    assert all(a <= b for a, b in zip(factors[:10], factors[1:11], strict=True))
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    middle = {"poly": 0.5**0.9, "cosine": 0.5}[name]
+    assert schedule(0.55) == pytest.approx(middle)
