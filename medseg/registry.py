@@ -16,9 +16,13 @@ Nothing here imports torch: the modules of a kind are imported on the first look
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import inspect
+import itertools
 import pkgutil
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -131,8 +135,31 @@ def make_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
         path = f"{where}.{key}" if where else key
         if key not in known:
             raise MedsegError(Code.CONFIG, f"unknown key {path}", where=path, remedy=nearest(key, known))
-        built[key] = _coerce(known[key], value, path)
+        try:
+            built[key] = _coerce(known[key], value, path)
+        except MedsegError as error:
+            meaning = field_descriptions(cls).get(key)
+            if error.where != path or meaning is None:
+                raise
+            raise MedsegError(
+                error.code, error.message, where=path, expected=error.expected, got=error.got, remedy=meaning
+            ) from error
     return cls(**built)
+
+
+def field_descriptions(cls: type) -> dict[str, str]:
+    """What the strings under a dataclass's fields say: field → text. Empty where the source is not at hand."""
+    try:
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError):
+        return {}
+    found: dict[str, str] = {}
+    statements = body.body if isinstance(body, ast.ClassDef) else []
+    for field, text in itertools.pairwise(statements):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                found[name] = " ".join(words.split())
+    return found
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
@@ -195,5 +222,4 @@ def _wrong_type(hint: Any, value: Any, where: str) -> MedsegError:
         where=where,
         expected=(expected or str(hint)).replace("NoneType", "null").replace("typing.", ""),
         got=f"{value!r} ({type(value).__name__})",
-        remedy="medseg train --help shows all keys with their values",
     )

@@ -10,10 +10,16 @@ import torch
 from medseg.data.augment import AugmentConfig, Augmenter, rotation_matrix
 from medseg.errors import MedsegError
 
-OFF = dict(
-    rotation_probability=0.0, scale_probability=0.0, mirror_axes=(), noise_probability=0.0, brightness_probability=0.0,
-    contrast_probability=0.0, gamma_probability=0.0, gamma_inverted_probability=0.0,
-)  # fmt: skip
+OFF = {
+    "rotation_probability": 0.0,
+    "scale_probability": 0.0,
+    "mirror_axes": (),
+    "noise_probability": 0.0,
+    "brightness_probability": 0.0,
+    "contrast_probability": 0.0,
+    "gamma_probability": 0.0,
+    "gamma_inverted_probability": 0.0,
+}
 
 
 def augmenter(spacing: tuple[float, ...] = (1.0, 1.0), picture: bool = True, **changes: object) -> Augmenter:
@@ -43,9 +49,15 @@ def test_same_step_same_result_and_inputs_untouched() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"noise_probability": 1.0}, {"brightness_probability": 1.0}, {"contrast_probability": 1.0},
-               {"gamma_probability": 1.0}, {"gamma_inverted_probability": 1.0}],
-)  # fmt: skip
+    "change",
+    [
+        {"noise_probability": 1.0},
+        {"brightness_probability": 1.0},
+        {"contrast_probability": 1.0},
+        {"gamma_probability": 1.0},
+        {"gamma_inverted_probability": 1.0},
+    ],
+)
 def test_intensity_transforms_change_the_image_and_leave_labels(change: dict[str, float]) -> None:
     image, label = batch()
     new_image, new_label = augmenter(**change)(image, label, 0)

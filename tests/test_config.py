@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,9 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str) -> N
 
 def test_every_part_has_an_option() -> None:
     for group, registry in PART_GROUPS.items():
-        named = {yaml.safe_load((configs_folder() / group / f"{o}.yaml").read_text())["name"] for o in group_options(group)}
+        named = {
+            yaml.safe_load((configs_folder() / group / f"{o}.yaml").read_text())["name"] for o in group_options(group)
+        }
         assert named == set(registry.names())
 
 
@@ -58,9 +62,17 @@ def test_all_defaults_are_shown_and_equal_the_dataclasses() -> None:
 def test_overrides_reach_their_places() -> None:
     experiment = compose(
         "train",
-        ["model.widths=[4,8]", "model.skip=add", "data.labels={a: 1, b: [2, 3]}", "data.plan.patch_size=[8,8]", "seed=7",
-         "trainer.max_minutes=2", "optimizer=sgd", "optimizer.momentum=0.5"],
-    )  # fmt: skip
+        [
+            "model.widths=[4,8]",
+            "model.skip=add",
+            "data.labels={a: 1, b: [2, 3]}",
+            "data.plan.patch_size=[8,8]",
+            "seed=7",
+            "trainer.max_minutes=2",
+            "optimizer=sgd",
+            "optimizer.momentum=0.5",
+        ],
+    )
     assert experiment.model["widths"] == [4, 8] and experiment.model["skip"] == "add"
     assert experiment.data.labels == {"a": 1, "b": [2, 3]}
     assert experiment.data.plan.patch_size == (8, 8)
@@ -121,3 +133,14 @@ def test_a_users_own_folder_of_configurations(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     main(["train", "--config-dir", str(tmp_path), "experiment=mine", "--cfg", "job", "--resolve"])
     assert "seed: 41" in capsys.readouterr().out
+
+
+def test_every_field_is_described_and_the_document_is_up_to_date() -> None:
+    from medseg.registry import field_descriptions
+
+    classes = [*PLAIN_GROUPS.values()]
+    classes += [registry.part(name).config for registry in PART_GROUPS.values() for name in registry.names()]
+    for cls in classes:
+        assert field_descriptions(cls).keys() == {f.name for f in dataclasses.fields(cls)}, cls
+    script = Path(__file__).resolve().parent.parent / "scripts" / "make_configuration_docs.py"
+    assert subprocess.run([sys.executable, script, "--check"]).returncode == 0, f"run {script.name}"

@@ -22,9 +22,17 @@ def found(shape=(35, 50, 36), spacing=(1.0, 1.0, 1.0), orientation="RAS", modali
         CaseInfo(f"c{i}", shape, spacing, orientation, modality, (100, 10), (STATS,)) for i in range(num_cases)
     )
     return Survey(
-        "folders", len(shape), 1, ("image",), Labels(("background", "organ"), ((0,), (1,))), "values found", cases,
-        shape, spacing, (STATS,),
-    )  # fmt: skip
+        "folders",
+        len(shape),
+        1,
+        ("image",),
+        Labels(("background", "organ"), ((0,), (1,))),
+        "values found",
+        cases,
+        shape,
+        spacing,
+        (STATS,),
+    )
 
 
 def test_axes_are_put_in_model_order() -> None:

@@ -31,11 +31,20 @@ def oblique_grid(shape: tuple[int, ...] = (14, 18, 9)) -> Grid:
 
 
 def plan(**changes: object) -> Plan:
-    values = dict(
-        spatial_dims=3, num_channels=1, orientation="SPL", spacing_mm=(4.0, 1.5, 2.0), normalisation="z-score",
-        intensity=((-100.0, 200.0, 50.0, 25.0),), patch_size=(8, 8, 8), batch_size=1, widths=(2, 4),
-        kernels=((3, 3, 3),) * 2, strides=((1, 1, 1), (2, 2, 2)), reasons={},
-    )  # fmt: skip
+    values = {
+        "spatial_dims": 3,
+        "num_channels": 1,
+        "orientation": "SPL",
+        "spacing_mm": (4.0, 1.5, 2.0),
+        "normalisation": "z-score",
+        "intensity": ((-100.0, 200.0, 50.0, 25.0),),
+        "patch_size": (8, 8, 8),
+        "batch_size": 1,
+        "widths": (2, 4),
+        "kernels": ((3, 3, 3),) * 2,
+        "strides": ((1, 1, 1), (2, 2, 2)),
+        "reasons": {},
+    }
     return Plan(**{**values, **changes})  # type: ignore[arg-type]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def test_mirroring_averages_the_flipped_passes() -> None:
 def test_tiles_cover_and_overlap(size: int, tile: int, step: float) -> None:
     starts = [s for (s,) in tile_starts([size], [tile], step)]
     assert starts[0] == 0 and starts[-1] == size - tile
-    assert all(b - a <= np.ceil(tile * step) for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= np.ceil(tile * step) for a, b in itertools.pairwise(starts))
 
 
 def test_gaussian_weight() -> None:

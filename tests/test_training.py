@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from pathlib import Path
@@ -21,9 +22,15 @@ from medseg.training.schedules import SCHEDULES
 from medseg.training.train import TrainResult, train
 
 TINY = (
-    "data.plan.base_width=4", "data.plan.num_stages=2", "data.plan.patch_size=[8,16,16]", "trainer.device=cpu",
-    "trainer.num_validations=2", "trainer.log_steps=1", "trainer.overlay_cases=1", "trainer.final_predictions=false",
-)  # fmt: skip
+    "data.plan.base_width=4",
+    "data.plan.num_stages=2",
+    "data.plan.patch_size=[8,16,16]",
+    "trainer.device=cpu",
+    "trainer.num_validations=2",
+    "trainer.log_steps=1",
+    "trainer.overlay_cases=1",
+    "trainer.final_predictions=false",
+)
 
 
 def run(data: Path, folder: Path, *overrides: str) -> TrainResult:
@@ -43,8 +50,18 @@ def history(folder: Path) -> list[dict[str, str]]:
 
 def test_a_run_holds_everything_about_it(tiny_run) -> None:
     folder = tiny_run.run
-    expected = {"bundle.json", "checkpoints", "config.yaml", "curves.png", "history.csv", "plan.yaml", "split.json",
-                "survey.json", "tensorboard", "validation"}  # fmt: skip
+    expected = {
+        "bundle.json",
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "history.csv",
+        "plan.yaml",
+        "split.json",
+        "survey.json",
+        "tensorboard",
+        "validation",
+    }
     assert expected <= {p.name for p in folder.iterdir()}
     rows = history(folder)
     assert [int(r["step"]) for r in rows if r["train_loss"]] == [2, 4, 6, 8, 10]
@@ -110,9 +127,15 @@ def test_resume_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path: Path) -> 
 
 def test_overfitting_learns(tiny_run, tmp_path: Path) -> None:
     result = run(
-        tiny_run.data, tmp_path / "run", "debug=overfit", "trainer.max_minutes=null", "trainer.max_steps=40",
-        "trainer.log_steps=5", "optimizer.lr=0.01", "data.plan.base_width=8",
-    )  # fmt: skip
+        tiny_run.data,
+        tmp_path / "run",
+        "debug=overfit",
+        "trainer.max_minutes=null",
+        "trainer.max_steps=40",
+        "trainer.log_steps=5",
+        "optimizer.lr=0.01",
+        "data.plan.base_width=8",
+    )
     losses = [float(r["train_loss"]) for r in history(tmp_path / "run") if r["train_loss"]]
     assert losses[-1] < 0.8 * losses[0]
     assert result.best_dice > float(next(r["val_dice_mean"] for r in history(tmp_path / "run") if r["val_dice_mean"]))
@@ -120,9 +143,13 @@ def test_overfitting_learns(tiny_run, tmp_path: Path) -> None:
 
 def test_early_stopping(tiny_run, tmp_path: Path) -> None:
     result = run(
-        tiny_run.data, tmp_path / "run", "trainer.max_steps=40", "trainer.num_validations=20", "trainer.patience=1",
+        tiny_run.data,
+        tmp_path / "run",
+        "trainer.max_steps=40",
+        "trainer.num_validations=20",
+        "trainer.patience=1",
         "optimizer.lr=1e-12",
-    )  # fmt: skip
+    )
     assert result.steps == 4  # validated at 2 (the best by being first) and at 4 (no better)
 
 
@@ -163,7 +190,7 @@ def test_schedules(name: str) -> None:
     schedule = SCHEDULES.build({"name": name, "warmup": 0.1})
     factors = [schedule(p) for p in np.linspace(0, 1, 101)]
     assert 0 < factors[0] < 0.01 and factors[10] == pytest.approx(1.0) and factors[-1] == pytest.approx(0, abs=1e-9)
-    assert all(a <= b for a, b in zip(factors[:10], factors[1:11], strict=True))
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors))
     middle = {"poly": 0.5**0.9, "cosine": 0.5}[name]
     assert schedule(0.55) == pytest.approx(middle)

@@ -16,6 +16,9 @@ from medseg.inference.predictor import Predictor
 from medseg.labels import TABLE_FILE, Labels
 from medseg.volume import PIXEL_FRAME, Volume
 
+PREVIEW_FOLDER = "previews"
+"""Below the label files: pictures beside them would be taken for label files by whoever reads the folder."""
+
 
 def predict_inputs(
     predictor: Predictor,
@@ -54,7 +57,8 @@ def predict_inputs(
             where=existing[0],
             remedy="choose another folder with -o, or replace them with --overwrite",
         )
-    output.mkdir(parents=True, exist_ok=True)
+    previews = output / PREVIEW_FOLDER
+    (output if draw_preview is None else previews).mkdir(parents=True, exist_ok=True)
     write_predictions_table(output, info.labels)
     written = []
     for number, case in enumerate(cases, start=1):
@@ -65,7 +69,7 @@ def predict_inputs(
             write_label(path, label)
             if draw_preview is not None:
                 draw_preview(
-                    output / f"{case.case_id}_preview.png",
+                    previews / f"{case.case_id}.png",
                     image,
                     labels=info.labels,
                     predicted=label,

@@ -68,10 +68,11 @@ def resume_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             state.setdefault(int(index), {})[name] = value
     # Fused optimizers walk moments and weights side by side in memory: the moments need the weights' layout.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entries in state.items():
-        for name, value in entries.items():
-            if value.shape == parameters[index].shape:
-                entries[name] = torch.empty_like(parameters[index]).copy_(value)
+    for number, parameter in enumerate(parameters):
+        moments = state.get(number, {})
+        for name, value in moments.items():
+            if value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in metadata["param_groups"]

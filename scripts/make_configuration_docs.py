@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Write docs/configuration.md: every key of `medseg train`, its default and what it means, from the dataclasses.
+
+python scripts/make_configuration_docs.py            write it
+python scripts/make_configuration_docs.py --check    exit with 1 if it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from medseg.config import PART_GROUPS, PLAIN_GROUPS, configs_folder, group_options
+from medseg.registry import field_descriptions
+
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+HEAD = """# Every key of `medseg train`
+
+Written by `scripts/make_configuration_docs.py` from the dataclasses beside the parts. Set a key on the command line,
+`medseg train data.root=FOLDER optimizer.lr=1e-3`, or in a YAML of your own (`--config-dir`). Beside the groups below
+there are `seed` (of everything random, 0), `resume` (a run to go on with), `experiment=` and `debug=`.
+"""
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The field's default value, or None."""
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def rows(cls: type, prefix: str) -> list[str]:
+    """Table rows of a dataclass, nested ones included."""
+    texts = field_descriptions(cls)
+    lines: list[str] = []
+    for field in dataclasses.fields(cls):
+        default = default_of(field)
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            lines += rows(type(default), f"{prefix}.{field.name}")
+        else:
+            text = texts.get(field.name, "").replace("|", "\\|")
+            lines.append(f"| `{prefix}.{field.name}` | `{json.dumps(default)}` | {text} |")
+    return lines
+
+
+def options(group: str) -> list[str]:
+    """The YAML files of a group with their first comments."""
+    lines = []
+    for name in group_options(group):
+        text = (configs_folder() / group / f"{name}.yaml").read_text(encoding="utf-8")
+        comments = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
+        lines.append(f"- `{group}={name}`: {' '.join(comments)}")
+    return lines
+
+
+def document() -> str:
+    """The whole page."""
+    table = ["| key | default | meaning |", "|---|---|---|"]
+    parts = [HEAD]
+    for group, cls in PLAIN_GROUPS.items():
+        parts.append("\n".join([f"## {group}", "", *options(group), "", *table, *rows(cls, group), ""]))
+    for group, registry in PART_GROUPS.items():
+        parts.append("\n".join([f"## {group}", "", *options(group), ""]))
+        for name in registry.names():
+            parts.append(
+                "\n".join([f"### {group}.name: {name}", "", *table, *rows(registry.part(name).config, group), ""])
+            )
+    for group in ("experiment", "debug"):
+        parts.append("\n".join([f"## {group}", "", *options(group), ""]))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = document()
+    if parser.parse_args().check:
+        raise SystemExit(0 if TARGET.read_text(encoding="utf-8") == text else 1)
+    TARGET.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
