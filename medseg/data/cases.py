@@ -125,18 +125,21 @@ def find_inputs(paths: Sequence[Path], *, num_channels: int | None = None) -> tu
     return tuple(sorted(cases, key=lambda c: c.case_id))
 
 
-def load_image(case: Case, *, num_channels: int | None = None) -> Volume:
+def load_image(case: Case, *, num_channels: int | None = None, channels: Sequence[str] | None = None) -> Volume:
     """Open all channels of a case.
 
     Args:
         case: as found.
         num_channels: how many channels there must be; where it is more than the files, 4D files hold channels.
+        channels: their names instead: where all are "CT" (nnU-Net's convention) and the files do not tell a modality,
+            as NIfTI does not, it is CT.
     Returns:
         float32, shape (C, *grid.shape), on the grid of the first file.
     Raises:
         MedsegError: E_GRID if the files lie on different grids, E_CHANNELS for another number of channels, or what
             the reader refuses.
     """
+    num_channels = len(channels) if channels else num_channels
     as_channels = num_channels is not None and num_channels > len(case.images)
     volumes: list[Volume] = []
     for path in case.images:
@@ -153,7 +156,8 @@ def load_image(case: Case, *, num_channels: int | None = None) -> Volume:
             got=f"{len(array)} from {len(case.images)} file(s)",
             remedy="give the case all its channels, in the order of the training data",
         )
-    return Volume(np.ascontiguousarray(array, dtype=np.float32), first.grid, first.modality)
+    modality = first.modality or ("CT" if {name.upper() for name in channels or ()} == {"CT"} else None)
+    return Volume(np.ascontiguousarray(array, dtype=np.float32), first.grid, modality)
 
 
 def load_label(case: Case, labels: Labels, image_grid: Grid) -> Volume:

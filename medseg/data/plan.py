@@ -29,7 +29,7 @@ MIN_EDGE = 4
 """No axis of the deepest stage gets smaller than this many voxels (nnU-Net's rule)."""
 MAX_WIDTH = {2: 512, 3: 320}
 """Most filters in a stage, by number of spatial dimensions (nnU-Net's rule)."""
-PATCH_VOXELS = {"cuda": {2: 512**2, 3: 128**3}, "cpu": {2: 192**2, 3: 56**3}}
+PATCH_VOXELS = {"cuda": {2: 512**2, 3: 128**3}, "cpu": {2: 192**2, 3: 45**3}}
 """Voxels of a patch by device and dimensions: what trains in reasonable time there."""
 BATCH_VOXELS = {"cuda": {2: 12 * 512**2, 3: 2 * 128**3}, "cpu": {2: 4 * 192**2, 3: 2 * 56**3}}
 """Voxels of a batch by device and dimensions."""

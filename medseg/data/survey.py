@@ -260,7 +260,7 @@ def _read_all(
 
 def _read(case: Case, declared: Labels | None, channels: tuple[str, ...] | None) -> _Reading:
     """Read one case; its arrays are gone when this returns."""
-    image = load_image(case, num_channels=len(channels) if channels else None)
+    image = load_image(case, channels=channels)
     label = integer_values(load_label_values(case, image.grid).array, where=case.case_id)
     values, counts = np.unique(label, return_counts=True)
     foreground = np.isin(label, [v for v in values if _is_foreground(int(v), declared)])
@@ -280,8 +280,8 @@ def _read(case: Case, declared: Labels | None, channels: tuple[str, ...] | None)
         case_id=case.case_id,
         shape=image.grid.shape,
         spacing_mm=image.grid.spacing_mm,
-        orientation=image.grid.orientation,  # NIfTI has no modality, but nnU-Net's dataset.json names CT channels "CT"
-        modality=image.modality or ("CT" if {name.upper() for name in channels or ()} == {"CT"} else None),
+        orientation=image.grid.orientation,
+        modality=image.modality,
         label_voxels=(),
         intensity=stats,
     )

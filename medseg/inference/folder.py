@@ -63,7 +63,7 @@ def predict_inputs(
     written = []
     for number, case in enumerate(cases, start=1):
         with console.status(f"{case.case_id} ({number} of {len(cases)})"):
-            image = load_image(case, num_channels=info.plan.num_channels)
+            image = load_image(case, channels=info.channels)
             label = predictor.predict(image)
             path = output / label_name(case.case_id, image)
             write_label(path, label)

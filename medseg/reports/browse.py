@@ -194,9 +194,7 @@ def open_validation_case(run: Path, data: DataFolder, case_id: str) -> Validatio
                 Code.MISSING, f"there is no case {case_id!r} here", where=where, remedy=nearest(case_id, known)
             )
     info = BundleInfo.read(run)
-    image = load_image(cases[case_id], num_channels=info.plan.num_channels)
-    if image.modality is None and info.channels[0].upper() == "CT":
-        image = Volume(image.array, image.grid, "CT")  # NIfTI does not tell; a CT is shown in the window of one
+    image = load_image(cases[case_id], channels=info.channels)
     reference = load_label_values(cases[case_id], image.grid)
     return ValidationCase(case_id, image, reference, open_label(predictions[case_id]), info.labels)
 

@@ -108,11 +108,11 @@ def final_validation(
     """
     folder = run / FINAL_FOLDER
     (folder / "overlays").mkdir(parents=True, exist_ok=True)
-    num_channels = predictor.bundle.info.plan.num_channels
+    channels = predictor.bundle.info.channels
     rows: list[Row] = []
     frame = ""
     for done, case in enumerate(cases, start=1):
-        image = load_image(case, num_channels=num_channels)
+        image = load_image(case, channels=channels)
         predicted = predictor.predict(image)
         write_label(folder / label_name(case.case_id, image), predicted)
         reference = load_label_values(case, image.grid)
@@ -123,19 +123,19 @@ def final_validation(
     write_predictions_table(folder, labels)
     evaluation = Evaluation(tuple(rows), labels, frame=frame)
     evaluation.write(folder)
-    _draw_extremes(folder, evaluation, {case.case_id: case for case in cases}, labels, num_channels)
+    _draw_extremes(folder, evaluation, {case.case_id: case for case in cases}, labels, channels)
     return evaluation
 
 
 def _draw_extremes(
-    folder: Path, evaluation: Evaluation, cases: Mapping[str, Case], labels: Labels, num_channels: int
+    folder: Path, evaluation: Evaluation, cases: Mapping[str, Case], labels: Labels, channels: Sequence[str]
 ) -> None:
     dice = {case: value for case, value in evaluation.case_means("dice").items() if not np.isnan(value)}
     ranked = sorted(dice, key=lambda case: dice[case])
     picks = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1} if ranked else {}
     for name, index in picks.items():
         case = cases[ranked[index]]
-        image = load_image(case, num_channels=num_channels)
+        image = load_image(case, channels=channels)
         save_overlay(
             folder / "overlays" / f"{name}_{case.case_id}.png",
             image,
