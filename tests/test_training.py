@@ -90,7 +90,7 @@ def test_tensorboard_holds_scalars_pictures_and_the_configuration(tiny_run) -> N
     events = EventAccumulator(str(tiny_run.run / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "lr", "val/dice_mean", "val/dice_liver", "val/loss"} <= set(tags["scalars"])
+    assert {"loss/training", "loss/validation", "training/lr", "dice/mean", "dice/liver"} <= set(tags["scalars"])
     (picture,) = tags["images"]
     assert len(events.Images(picture)) == 2
     text = {t for t in tags["tensors"] if t.startswith(("configuration", "plan"))}

@@ -25,6 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 log = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.csv"
+DICE_PREFIX = "val_dice_"
+"""Columns of the validation's Dice: of each class, and "mean"."""
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -83,12 +85,12 @@ class Journal:
         log.info(text)
 
     def record(self, step: int, minutes: float, values: Mapping[str, float]) -> None:
-        """One row of history.csv and the same scalars in TensorBoard (`train_loss` → `train/loss`)."""
+        """One row of history.csv and the same scalars in TensorBoard."""
         row = {"step": step, "minutes": f"{minutes:.4f}", **{k: f"{v:.6g}" for k, v in values.items()}}
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns, extrasaction="ignore", restval="").writerow(row)
         for key, value in values.items():
-            self.board.add_scalar(key.replace("_", "/", 1), value, step)
+            self.board.add_scalar(_tag(key), value, step)
 
     def picture(self, name: str, array: np.ndarray, step: int) -> None:
         """A picture (H, W, 3) uint8 for TensorBoard."""
@@ -98,6 +100,13 @@ class Journal:
         """A configuration as text in TensorBoard."""
         text = yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=100)
         self.board.add_text(name, "```yaml\n" + text + "```")
+
+
+def _tag(column: str) -> str:
+    """TensorBoard's section and name of a column: losses side by side, one section for Dice."""
+    if column.startswith(DICE_PREFIX):
+        return f"dice/{column.removeprefix(DICE_PREFIX)}"
+    return {"train_loss": "loss/training", "val_loss": "loss/validation"}.get(column, f"training/{column}")
 
 
 def read_history(path: Path) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ from medseg.reports.overlay import figure_to_array, overlay_figure
 from medseg.reports.progress import counting_bar
 from medseg.reports.tables import print_evaluation
 from medseg.training.experiment import Experiment
-from medseg.training.journal import HISTORY_FILE, Journal
+from medseg.training.journal import DICE_PREFIX, HISTORY_FILE, Journal
 from medseg.training.optimizers import OPTIMIZERS
 from medseg.training.schedules import SCHEDULES, Schedule
 from medseg.training.state import Counters, resume_latest, save_best, save_latest
@@ -235,8 +235,8 @@ class Loop:
 
     def columns(self) -> list[str]:
         """Columns of history.csv."""
-        per_class = [f"val_dice_{name}" for name in self.labels.foreground]
-        return ["train_loss", "lr", "samples_per_s", "val_loss", "val_dice_mean", *per_class]
+        per_class = [DICE_PREFIX + name for name in self.labels.foreground]
+        return ["train_loss", "lr", "samples_per_s", "val_loss", DICE_PREFIX + "mean", *per_class]
 
     def progress(self) -> float:
         """Share of the budget that is used, by steps or by minutes, whichever is further."""
@@ -330,8 +330,8 @@ class Loop:
         counters.validations = max(counters.validations + 1, int(self.progress() * self.config.num_validations + 1e-9))
         self.last_dice = result.mean
         per_class = dict(zip(self.labels.foreground, (float(v) for v in result.per_class), strict=True))
-        values = {"val_loss": result.loss, "val_dice_mean": result.mean}
-        values |= {f"val_dice_{name}": value for name, value in per_class.items()}
+        values = {"val_loss": result.loss, DICE_PREFIX + "mean": result.mean}
+        values |= {DICE_PREFIX + name: value for name, value in per_class.items()}
         journal.record(counters.step, counters.minutes, values)
         is_best = result.mean > counters.best_dice
         counters.stale = 0 if is_best else counters.stale + 1
