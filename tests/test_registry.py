@@ -51,7 +51,8 @@ def test_values_are_checked_and_coerced() -> None:
     [
         ({"rat": 1}, "did you mean 'rate'"),
         ({"rate": "1"}, "remedy:   A rate, on two lines."),
-        ({"rate": True, "pair": [1]}, "x.pair"),
+        ({"rate": True}, "x.rate has the wrong type"),
+        ({"pair": [1]}, "x.pair has the wrong type"),
         ({"mode": "quick"}, "fast | slow"),
         ({"inner": {"depht": 2}}, "unknown key x.inner.depht"),
         ({"inner": {"depth": True}}, "x.inner.depth has the wrong type"),
