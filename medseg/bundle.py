@@ -40,12 +40,14 @@ class BundleInfo:
         plan: what the network sees.
         labels: the classes.
         channels: names of the image channels, in order.
+        mirror_axes: axes that training mirrored; others must not be mirrored in prediction.
     """
 
     model: Mapping[str, Any]
     plan: Plan
     labels: Labels
     channels: tuple[str, ...]
+    mirror_axes: tuple[int, ...] = ()
 
     def build_model(self) -> SegmentationModel:
         """The network with fresh weights."""
@@ -65,6 +67,7 @@ class BundleInfo:
             "plan": self.plan.to_json(),
             "labels": self.labels.to_json(),
             "channels": list(self.channels),
+            "mirror_axes": list(self.mirror_axes),
         }
         write_atomically(run / BUNDLE_FILE, json.dumps(content, indent=2).encode())
 
@@ -100,6 +103,7 @@ class BundleInfo:
                 Plan.from_json(content["plan"]),
                 Labels.from_mapping(content["labels"]),
                 tuple(content["channels"]),
+                tuple(content["mirror_axes"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise MedsegError(

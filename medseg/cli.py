@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from medseg import __version__
 from medseg.errors import MedsegError
 
+if TYPE_CHECKING:
+    from medseg.training.experiment import Experiment
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""Of the log in a run's folder, as in configs/train.yaml."""
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
@@ -54,16 +61,21 @@ def cli() -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def train(arguments: tuple[str, ...]) -> None:
     """Compose the configuration as Hydra does and train."""
-    from medseg.config import resume_arguments, run_hydra, write_config
-    from medseg.training.experiment import Experiment
+    from medseg.config import resumed, run_hydra, write_config
+    from medseg.training.train import train as train_model
 
-    def run(experiment: Experiment, folder: Path) -> None:
-        from medseg.training.train import train as train_model
-
+    def begin(experiment: Experiment, folder: Path) -> None:
         write_config(experiment, folder)
         train_model(experiment, folder)
 
-    run_hydra("train", resume_arguments(arguments), run)
+    to_resume = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
+    if to_resume:
+        run = Path(to_resume[-1]).expanduser().absolute()
+        experiment = resumed(run, [a for a in arguments if not a.startswith("resume=")])
+        logging.basicConfig(filename=run / "train.log", level=logging.INFO, format=LOG_FORMAT)
+        train_model(experiment, run)
+    else:
+        run_hydra("train", arguments, begin)
 
 
 @cli.command("predict", short_help="Label scans with a trained model.")
@@ -74,7 +86,7 @@ def train(arguments: tuple[str, ...]) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "bf16", "fp16", "fp32"]))
 @click.option("--step", default=0.5, show_default=True, help="Distance of tiles as a share of the tile.")
-@click.option("--mirror", is_flag=True, help="Average over mirrored passes along all axes (slower).")
+@click.option("--mirror", is_flag=True, help="Average over mirrored passes, where the model was trained so.")
 @click.option("--batch-size", default=4, show_default=True, help="Tiles in one forward pass.")
 @click.option("--preview", is_flag=True, help="Also save an overlay picture (PNG) of each case.")
 @click.option("--overwrite", is_flag=True, help="Replace label files that exist already.")

@@ -74,12 +74,16 @@ def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experi
 
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
+        others = sorted(path.name for path in folder.iterdir() if path.name not in (".hydra", "train.log"))
         try:
+            if others:
+                raise _used_folder(folder, others)
             task(experiment_from(config), folder)
         except MedsegError as error:
             # Kept and raised at the end: Hydra would print it in its own way, and end a sweep at its first bad job.
             refused.append(error)
-            _remove_unstarted(folder)
+            if not others:
+                _remove_unstarted(folder)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 sys.stderr.write(f"{error}\n")
 
@@ -104,6 +108,16 @@ def _hydra_process(arguments: list[str]) -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR")
         if full_error is not None:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _used_folder(folder: Path, others: list[str]) -> MedsegError:
+    return MedsegError(
+        Code.OUTPUT,
+        "the run's folder is not empty: a run would overwrite what is there",
+        where=folder,
+        got=", ".join(others[:5]),
+        remedy="choose another hydra.run.dir, or go on with the run in it by: medseg train resume=RUN",
+    )
 
 
 def _remove_unstarted(folder: Path) -> None:
@@ -147,7 +161,14 @@ def experiment_from(config: DictConfig) -> Experiment:
         settings = dict(getattr(experiment, group))
         part = registry.part(str(settings.pop("name", "")))
         make_config(part.config, settings, where=group)
-    return experiment
+    # Absolute paths: a run may go on, and be looked at, from another folder.
+    data = experiment.data
+    data = dataclasses.replace(data, root=_absolute(data.root), manifest=_absolute(data.manifest))
+    return dataclasses.replace(experiment, data=data)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def write_config(experiment: Experiment, run: Path) -> None:
@@ -166,28 +187,40 @@ def register_schema() -> None:
     store.store(name="_train", node={"seed": 0, "resume": None})
 
 
-def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Arguments of `medseg train resume=RUN …`: the run's own, then what is new, in the run's folder.
+def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a run that goes on: its own configuration, with other values of `trainer` where given.
 
+    Args:
+        run: the folder of the run.
+        overrides: `trainer.key=value`.
     Raises:
-        MedsegError: E_RUN if RUN has no stored overrides.
+        MedsegError: E_RUN if the folder is no run, E_CONFIG for other keys: a run keeps its data and model.
     """
-    chosen = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
-    if not chosen:
-        return list(arguments)
-    run = Path(chosen[-1]).expanduser().resolve()
-    stored = run / ".hydra" / "overrides.yaml"
-    if not stored.is_file():
+    stored = run / CONFIG_FILE
+    if not stored.is_file() or not (run / BUNDLE_FILE).is_file():
         raise MedsegError(
             Code.RUN,
-            "this folder is not a run that can be resumed",
+            "this folder is not a run that can go on",
             where=run,
-            expected="a folder that medseg train made, with .hydra/overrides.yaml",
+            expected=f"a folder that medseg train made, with {CONFIG_FILE} and {BUNDLE_FILE}",
         )
-    original = [str(o) for o in OmegaConf.load(stored) if not str(o).startswith("resume=")]
-    quoted = str(run).replace("\\", "\\\\").replace("'", "\\'")
-    new = [a for a in arguments if not a.startswith("resume=")]
-    return [*original, *new, f"resume='{quoted}'", f"hydra.run.dir='{quoted}'"]
+    for override in overrides:
+        if not override.startswith("trainer.") or "=" not in override:
+            raise MedsegError(
+                Code.CONFIG,
+                "a run that goes on keeps its configuration but for the trainer's",
+                where=override,
+                expected="trainer.KEY=VALUE, such as trainer.max_minutes=60",
+                remedy="begin a new run for other settings",
+            )
+    try:
+        config = OmegaConf.merge(OmegaConf.load(stored), OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.merge(config, {"resume": str(run)})
+    except OmegaConfBaseException as error:
+        raise MedsegError(Code.CONFIG, "the configuration cannot be read", where=stored, got=error) from error
+    if not isinstance(config, DictConfig):
+        raise MedsegError(Code.CONFIG, "the configuration is not a table", where=stored)
+    return experiment_from(config)
 
 
 def _defaults(cls: type) -> dict[str, Any]:

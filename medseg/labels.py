@@ -7,6 +7,7 @@ of the reference it will be compared with.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class Labels:
     Args:
         names: class names; the first is the background.
         values: for each class the file values that mean it; the first of them is written. () means `REST`:
-            all values that no other class claims (written as the class index).
+            all values that no other class claims (written as the smallest positive value that none claims).
     Raises:
         MedsegError: E_LABEL if names or values repeat, or there is no foreground class.
     """
@@ -60,7 +61,7 @@ class Labels:
         """From `{name: value}` as users write it; a value is an int, a list of ints, or "rest".
 
         A class named "background" comes first (it is added with value 0 if 0 is free); otherwise the class with
-        value 0 is the background, else the first one.
+        value 0 is the background.
         """
         parsed: dict[str, tuple[int, ...]] = {}
         for name, value in table.items():
@@ -109,7 +110,9 @@ class Labels:
 
     def written_values(self) -> tuple[int, ...]:
         """The value that stands for each class in files that we write."""
-        return tuple(values[0] if values else index for index, values in enumerate(self.values))
+        claimed = {v for values in self.values for v in values}
+        free = next(v for v in itertools.count(1) if v not in claimed)
+        return tuple(values[0] if values else free for values in self.values)
 
     def to_index(self, array: NDArray[Any], *, where: object = None) -> NDArray[np.uint8]:
         """File values → class indices.

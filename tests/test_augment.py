@@ -135,3 +135,16 @@ def test_bad_settings() -> None:
         AugmentConfig(noise_probability=1.5)
     with pytest.raises(MedsegError, match="axes 0 to 1"):
         augmenter(mirror_axes=(2,))
+
+
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_thick_slices_are_turned_only_within_themselves(thick: int) -> None:
+    spacing = [1.0, 1.0, 1.0]
+    spacing[thick] = 5.0
+    turn = augmenter(tuple(spacing), picture=False, rotation_probability=1.0, rotation_degrees=30.0)
+    label = torch.zeros(4, 9, 9, 9, dtype=torch.uint8)
+    label.select(thick + 1, 4)[...] = 1
+    _, moved = turn(label[:, None].float(), label, 0)
+    others = [i for i in range(9) if i != 4]
+    assert moved.index_select(thick + 1, torch.tensor(others)).sum() == 0
+    assert moved.sum() > 0

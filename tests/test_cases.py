@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from medseg.data.cases import Case, find_cases, find_inputs, label_suffix, load_image, load_label
+from medseg.data.cases import Case, find_cases, find_inputs, load_image, load_label
 from medseg.errors import Code, MedsegError
 from medseg.labels import Labels
 
@@ -481,14 +481,6 @@ def test_dicom_image_with_a_nifti_label(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.array, label)
 
 
-@pytest.mark.parametrize(
-    ("image", "label", "suffix"),
-    [("a.nii", "a.nii", ".nii"), ("a.jpg", "a.gif", ".png"), ("a.png", "a.tif", ".tif"), ("series", None, ".nii.gz")],
-)
-def test_suffix_of_predictions(image: str, label: str | None, suffix: str) -> None:
-    assert label_suffix(Case("a", (Path(image),), Path(label) if label else None)) == suffix
-
-
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("name", "count", "first"),
@@ -497,3 +489,17 @@ def test_suffix_of_predictions(image: str, label: str | None, suffix: str) -> No
 def test_real_folders(real_data: Path, name: str, count: int, first: str) -> None:
     found = ids(real_data / "segmentation" / name)
     assert (len(found), found[0]) == (count, first)
+
+
+def test_named_channels_are_taken_by_name_in_prediction(tmp_path: Path) -> None:
+    for patient, files in {"pt0": ["flair", "t1"], "pt1": ["T1", "flair"]}.items():
+        (tmp_path / patient).mkdir()
+        for name in files:
+            nifti(tmp_path / patient / f"{name}.nii.gz", np.zeros((4, 4, 4), np.float32), np.eye(4))
+    for paths in ([tmp_path], [tmp_path / "pt0", tmp_path / "pt1"]):
+        found = find_inputs(paths, channels=("flair", "t1"))
+        assert [c.case_id for c in found] == ["pt0", "pt1"]
+        assert [[p.name.lower() for p in c.images] for c in found] == [["flair.nii.gz", "t1.nii.gz"]] * 2
+    (tmp_path / "pt1" / "T1.nii.gz").rename(tmp_path / "pt1" / "t2.nii.gz")
+    with pytest.raises(MedsegError, match="E_CHANNELS"):
+        find_inputs([tmp_path], channels=("flair", "t1"))

@@ -76,20 +76,20 @@ def test_predict_one_file_many_files_and_a_folder(tiny_run, tmp_path: Path) -> N
         assert label.grid.difference(read_grid(image)) is None
 
 
-def test_mirroring_and_step_change_the_work_not_the_grid(tiny_run, tmp_path: Path) -> None:
-    command = [
-        "predict",
-        str(tiny_run.run),
-        str(tiny_run.dicom),
-        "-o",
-        str(tmp_path / "out"),
-        "--mirror",
-        "--step",
-        "1",
-    ]
-    main(command)
+def test_step_changes_the_work_not_the_grid(tiny_run, tmp_path: Path, capsys) -> None:
+    main(["predict", str(tiny_run.run), str(tiny_run.dicom), "-o", str(tmp_path / "out"), "--step", "1"])
     label = open_label(tmp_path / "out" / f"{tiny_run.dicom.name}.nii.gz")
     assert label.grid.difference(read_grid(tiny_run.dicom)) is None
+    message = refused(capsys, "predict", tiny_run.run, tiny_run.dicom, "-o", tmp_path / "m", "--mirror")
+    assert "trained without mirroring" in message
+
+
+def test_predict_never_replaces_the_scans(tiny_run, tmp_path: Path, capsys) -> None:
+    scan = tmp_path / "scan.nii.gz"
+    shutil.copy(next((tiny_run.data / "imagesTr").glob("*.nii.gz")), scan)
+    before = scan.read_bytes()
+    message = refused(capsys, "predict", tiny_run.run, scan, "-o", tmp_path, "--overwrite")
+    assert "replace the scans" in message and scan.read_bytes() == before
 
 
 def test_predict_refuses(tiny_run, tmp_path: Path, capsys) -> None:
@@ -141,6 +141,21 @@ def test_train_from_any_folder_and_resume(tmp_path: Path) -> None:
     steps = [line.split(",")[0] for line in (run / "history.csv").read_text().splitlines()[1:]]
     assert "4" in steps and steps == sorted(steps, key=int)
     assert not list(Path.cwd().iterdir()), "everything lies in the run's folder"
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tiny_run, tmp_path: Path, capsys) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.yaml").write_text("mine")
+    assert "not empty" in refused(capsys, "train", "data.root=nowhere", f"hydra.run.dir={mine}")
+    assert (mine / "config.yaml").read_text() == "mine"
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.run, run)
+    before = (run / "bundle.json").read_bytes()
+    message = refused(capsys, "train", f"data.root={tiny_run.data}", f"hydra.run.dir={run}", "model.widths=[4,8]")
+    assert "E_OUTPUT" in message and "resume=RUN" in message
+    assert "trainer's" in refused(capsys, "train", f"resume={run}", "model.skip=add")
+    assert (run / "bundle.json").read_bytes() == before
 
 
 def test_sweep(tmp_path: Path) -> None:

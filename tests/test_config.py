@@ -16,7 +16,7 @@ from medseg.config import (
     compose,
     configs_folder,
     group_options,
-    resume_arguments,
+    resumed,
     write_config,
 )
 from medseg.errors import MedsegError
@@ -113,16 +113,20 @@ def test_written_configuration_states_everything(tmp_path: Path) -> None:
     assert written["trainer"]["num_validations"] == experiment.trainer.num_validations
 
 
-def test_resume_takes_the_runs_own_overrides(tmp_path: Path) -> None:
-    run = tmp_path / "a run"
-    (run / ".hydra").mkdir(parents=True)
-    (run / ".hydra" / "overrides.yaml").write_text("- model.skip=add\n- seed=3\n")
-    arguments = resume_arguments([f"resume={run}", "trainer.max_steps=9"])
-    assert arguments[:3] == ["model.skip=add", "seed=3", "trainer.max_steps=9"]
-    experiment = compose("train", [a for a in arguments if not a.startswith("hydra.")])
-    assert experiment.resume == str(run.resolve()) and experiment.seed == 3
+def test_a_resumed_run_keeps_its_configuration(tmp_path: Path) -> None:
+    write_config(compose("train", ["model.skip=add", "seed=3", "data.root=relative"]), tmp_path)
     with pytest.raises(MedsegError, match="E_RUN"):
-        resume_arguments([f"resume={tmp_path}"])
+        resumed(tmp_path, [])
+    (tmp_path / "bundle.json").write_text("{}")
+    experiment = resumed(tmp_path, ["trainer.max_steps=9"])
+    assert (experiment.model["skip"], experiment.seed, experiment.trainer.max_steps) == ("add", 3, 9)
+    assert experiment.resume == str(tmp_path)
+    assert experiment.data.root == str(Path.cwd() / "relative")  # a run goes on from any folder
+    for override in ("model.skip=concat", "data.root=x", "--multirun"):
+        with pytest.raises(MedsegError, match="keeps its configuration"):
+            resumed(tmp_path, [override])
+    with pytest.raises(MedsegError, match="did you mean 'max_steps'"):
+        resumed(tmp_path, ["trainer.max_step=9"])
 
 
 def test_a_users_own_folder_of_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

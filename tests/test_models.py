@@ -335,3 +335,24 @@ def test_monai_is_imported_only_when_it_is_used():
         "sys.exit('monai' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_padded_up_sampling_has_no_gaps_where_filters_are_flat() -> None:
+    """Kernels of 1 on an axis that is halved: the transposed convolution takes 3 there."""
+    settings = {"name": "fusionnet", "widths": [4, 8], "kernels": [[3, 1, 1], [3, 1, 1]], "strides": [1, [1, 2, 2]]}
+    model = MODELS.build(settings, in_channels=1, num_classes=2, spatial_dims=3)
+    assert model(torch.randn(2, 1, 4, 8, 8)).shape == (2, 2, 4, 8, 8)
+
+
+def test_next_size_is_one_that_fits() -> None:
+    valid = MODELS.build(
+        {"name": "unet", "widths": [4, 8], "padding": "valid", "down": "max_pool", "deep_supervision": False},
+        in_channels=1, num_classes=2, spatial_dims=2,
+    )  # fmt: skip
+    size = valid.next_size((15, 17))
+    assert valid.output_size(size) and all(new - old in range(4) for new, old in zip(size, (15, 17), strict=True))
+    swin = MODELS.build(
+        {"name": "monai", "network": "SwinUNETR", "arguments": {"feature_size": 12}},
+        in_channels=1, num_classes=2, spatial_dims=2,
+    )  # fmt: skip
+    assert swin.output_size(swin.next_size((20, 30))) == swin.next_size((20, 30))

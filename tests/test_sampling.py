@@ -73,3 +73,16 @@ def test_cut_outside_is_zero() -> None:
     box = cut(array, (-1, 2), (3, 4))
     assert box.shape == (2, 3, 4) and box.sum() == 2 * 2 * 1
     assert cut(array, (5, 5), (2, 2)).sum() == 0
+
+
+def test_what_an_unpadded_network_labels_reaches_the_border() -> None:
+    """Tiles of 12 of which the middle 4 are labelled: every pixel of the image is in such a middle at some step."""
+    one = case((20, 26), (0, 25))
+    sampler = PatchSampler(
+        [one], (12, 12), batch_size=4, foreground_share=0.25, seed=0, mirror_padding=True, margin=(4, 4)
+    )
+    seen = torch.zeros(20 * 26, dtype=torch.bool)
+    for step in range(1500):
+        image, _ = sampler.batch(step)
+        seen[image[:, 0, 4:8, 4:8].flatten().long()] = True
+    assert seen.all()

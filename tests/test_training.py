@@ -6,6 +6,9 @@ import csv
 import itertools
 import json
 import math
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,10 @@ from rich.console import Console
 from medseg.bundle import checkpoint_path, read_checkpoint
 from medseg.config import compose
 from medseg.errors import MedsegError
-from medseg.formats import open_label, open_volume
+from medseg.formats import open_label, open_volume, write_image, write_label
 from medseg.training.schedules import SCHEDULES
 from medseg.training.train import TrainResult, train
+from medseg.volume import Grid, Volume
 
 TINY = (
     "data.plan.base_width=4",
@@ -97,7 +101,8 @@ def test_tensorboard_holds_scalars_pictures_and_the_configuration(tiny_run) -> N
     assert len(text) == 2
 
 
-def test_resume_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_resume_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path: Path, signal_: signal.Signals) -> None:
     """6 steps straight and 3 + 3 give the same weights, optimizer and augmentation included, bit by bit."""
     settings = ("trainer.precision=fp32", "schedule=cosine")
     run(tiny_run.data, tmp_path / "straight", *settings, "trainer.max_steps=6")
@@ -108,21 +113,87 @@ def test_resume_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path: Path) -> 
 
         original = Loop.train_step
 
-        def stop_at_3(self, step, image, label):
-            if step == 3:
-                raise KeyboardInterrupt
+        def ask_to_stop(self, step, image, label):
+            if step == 2:
+                os.kill(os.getpid(), signal_)
             return original(self, step, image, label)
 
-        patch.setattr(Loop, "train_step", stop_at_3)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "train_step", ask_to_stop)
+        with pytest.raises(KeyboardInterrupt if signal_ == signal.SIGINT else SystemExit):
             run(tiny_run.data, interrupted, *settings, "trainer.max_steps=6")
     assert [int(r["step"]) for r in history(interrupted)][-1] == 3
-    result = run(tiny_run.data, interrupted, *settings, "trainer.max_steps=6")
+    result = run(tiny_run.data, interrupted, *settings, "trainer.max_steps=6", f"resume='{interrupted}'")
     assert result.steps == 6
     straight, resumed = weights(tmp_path / "straight"), weights(interrupted)
     assert all(torch.equal(straight[k], resumed[k]) for k in straight)
     losses = [[r["train_loss"] for r in history(tmp_path / n) if r["train_loss"]] for n in ("straight", "interrupted")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_resumed_run_keeps_its_split_where_the_folder_has_grown(tiny_run, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_run.data, data)
+    hidden = [data / "imagesTr" / "phantom_001_0000.nii.gz", data / "labelsTr" / "phantom_001.nii.gz"]
+    description = json.loads((data / "dataset.json").read_text())
+    description["numTraining"] -= 1
+    (data / "dataset.json").write_text(json.dumps(description))
+    for path in hidden:
+        path.rename(tmp_path / path.name)
+    run(data, tmp_path / "run", "trainer.max_steps=2")
+    split, plan = (tmp_path / "run" / "split.json").read_text(), (tmp_path / "run" / "plan.yaml").read_text()
+    for path in hidden:
+        (tmp_path / path.name).rename(path)
+    result = run(data, tmp_path / "run", "trainer.max_steps=4", f"resume='{tmp_path / 'run'}'")
+    assert result.steps == 4
+    assert (tmp_path / "run" / "split.json").read_text() == split
+    assert (tmp_path / "run" / "plan.yaml").read_text() == plan
+    validations = [int(r["step"]) for r in history(tmp_path / "run") if r["val_dice_mean"]]
+    assert validations == [1, 2, 4]  # two of the first budget, and the one still due of the larger
+    for path in (data / "imagesTr").glob("phantom_003*"):
+        path.unlink()
+    (data / "labelsTr" / "phantom_003.nii.gz").unlink()
+    with pytest.raises(MedsegError, match="E_MISSING.*not in the data folder any more"):
+        run(data, tmp_path / "run", "trainer.max_steps=6", f"resume='{tmp_path / 'run'}'")
+
+
+def test_test_cases_are_not_looked_at_and_validation_cases_shape_no_plan(tiny_run, tmp_path: Path) -> None:
+    rows = ["case,image,label,split"]
+    sides = {"phantom_001": "train", "phantom_002": "train", "phantom_003": "val", "phantom_004": "test"}
+    for name, side in sides.items():
+        label = "" if side == "test" else tiny_run.data / "labelsTr" / f"{name}.nii.gz"
+        rows.append(f"{name},{tiny_run.data / 'imagesTr' / f'{name}_0000.nii.gz'},{label},{side}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    run(tmp_path / "manifest.csv", tmp_path / "a", "trainer.max_steps=1", "data.plan.patch_size=null")
+    survey = json.loads((tmp_path / "a" / "survey.json").read_text())
+    assert {c["case_id"] for c in survey["cases"]} == {"phantom_001", "phantom_002", "phantom_003"}
+    first = yaml.safe_load((tmp_path / "a" / "plan.yaml").read_text())
+
+    other = tmp_path / "other.nii.gz"  # another validation image: much brighter, other spacing
+    scan = open_volume(tiny_run.data / "imagesTr" / "phantom_003_0000.nii.gz")
+    grid = Grid(scan.grid.shape, scan.grid.affine @ np.diag([2.0, 2.0, 2.0, 1.0]))
+    write_image(other, Volume(scan.array * 3, grid))
+    label = open_label(tiny_run.data / "labelsTr" / "phantom_003.nii.gz")
+    write_label(tmp_path / "other_label.nii.gz", Volume(label.array, grid))
+    rows[3] = f"phantom_003,{other},{tmp_path / 'other_label.nii.gz'},val"
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    run(tmp_path / "manifest.csv", tmp_path / "b", "trainer.max_steps=1", "data.plan.patch_size=null")
+    assert yaml.safe_load((tmp_path / "b" / "plan.yaml").read_text()) == first
+
+
+def test_volumes_smaller_than_any_patch(tmp_path: Path) -> None:
+    grid = Grid((6, 7, 5), np.eye(4))
+    for folder in ("images", "labels"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for i in range(3):
+        label = np.zeros(grid.shape, dtype=np.uint8)
+        label[2:4, 2:5, 1:4] = 1
+        image = np.random.default_rng(i).normal(size=(1, *grid.shape)) + label
+        write_image(tmp_path / "data" / "images" / f"{i}.nii.gz", Volume(image, grid))
+        write_label(tmp_path / "data" / "labels" / f"{i}.nii.gz", Volume(label, grid))
+    experiment = compose("train", [f"data.root='{tmp_path / 'data'}'", "trainer.max_steps=1", "trainer.device=cpu"])
+    with (tmp_path / "log.txt").open("w") as log:
+        train(experiment, tmp_path / "run", Console(file=log))
+    assert open_label(next((tmp_path / "run" / "validation").glob("*.nii.gz"))).grid.shape == grid.shape
 
 
 def test_overfitting_learns(tiny_run, tmp_path: Path) -> None:
@@ -190,7 +261,7 @@ def test_schedules(name: str) -> None:
     schedule = SCHEDULES.build({"name": name, "warmup": 0.1})
     factors = [schedule(p) for p in np.linspace(0, 1, 101)]
     assert 0 < factors[0] < 0.01 and factors[10] == pytest.approx(1.0) and factors[-1] == pytest.approx(0, abs=1e-9)
-    assert all(a <= b for a, b in itertools.pairwise(factors))
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a <= b for a, b in itertools.pairwise(factors[:11]))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
     middle = {"poly": 0.5**0.9, "cosine": 0.5}[name]
     assert schedule(0.55) == pytest.approx(middle)

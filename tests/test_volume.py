@@ -156,3 +156,11 @@ def test_nearly_integers_are_rounded_and_others_refused() -> None:
 )
 def test_smallest_integer_type(values: list[int], name: str) -> None:
     assert smallest_integer_type(np.array(values)) == np.dtype(name)
+
+
+def test_the_rest_is_written_as_a_value_of_its_own() -> None:
+    labels = Labels.from_mapping({"background": 0, "nucleus": "rest", "border": 1})
+    assert labels.written_values() == (0, 2, 1)
+    indices = labels.to_index(np.array([0, 1, 7, 300]))
+    assert indices.tolist() == [0, labels.names.index("border"), labels.names.index("nucleus"), 1]
+    assert np.array_equal(labels.to_index(labels.to_values(indices)), indices)

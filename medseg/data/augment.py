@@ -77,12 +77,7 @@ class Augmenter:
         self.in_plane_only = dims == 3 and max(spacing_mm) > 3 * min(spacing_mm)
         default_angle = 180.0 if is_picture else 15.0 if self.in_plane_only else 30.0
         self.angle = math.radians(config.rotation_degrees if config.rotation_degrees is not None else default_angle)
-        default_axes = tuple(range(dims)) if is_picture else ()
-        self.mirror_axes = config.mirror_axes if config.mirror_axes is not None else default_axes
-        if any(not 0 <= axis < dims for axis in self.mirror_axes):
-            raise MedsegError(
-                Code.CONFIG, f"the data have axes 0 to {dims - 1}", where="augment.mirror_axes", got=self.mirror_axes
-            )
+        self.mirror_axes = mirrored_axes(config, spatial_dims=dims, is_picture=is_picture)
 
     def __call__(self, image: torch.Tensor, label: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Augment a batch.
@@ -107,7 +102,8 @@ class Augmenter:
         scale = _chosen(batch, self.config.scale_probability, generator)
         angles = _uniform((batch, 3), (-self.angle, self.angle), generator) * rotate[:, None]
         if self.in_plane_only:
-            angles[:, 1:] = 0
+            thick = int(self.spacing.argmax())
+            angles *= torch.arange(3) == thick  # angle i turns about axis i: nothing leaves its slice
         zoom = torch.where(scale, _uniform((batch,), self.config.scale, generator), 1.0)
         index = torch.nonzero(rotate | scale).flatten()
         if len(index) == 0:
@@ -158,6 +154,24 @@ class Augmenter:
             image = torch.where(wide.unsqueeze(1), image.flip(axis + 2), image)
             label = torch.where(wide, label.flip(axis + 1), label)
         return image, label
+
+
+def mirrored_axes(config: AugmentConfig, *, spatial_dims: int, is_picture: bool) -> tuple[int, ...]:
+    """The axes that training mirrors: those that prediction may average over.
+
+    Raises:
+        MedsegError: E_CONFIG if the data have no such axis.
+    """
+    if config.mirror_axes is None:
+        return tuple(range(spatial_dims)) if is_picture else ()
+    if any(not 0 <= axis < spatial_dims for axis in config.mirror_axes):
+        raise MedsegError(
+            Code.CONFIG,
+            f"the data have axes 0 to {spatial_dims - 1}",
+            where="augment.mirror_axes",
+            got=config.mirror_axes,
+        )
+    return config.mirror_axes
 
 
 def rotation_matrix(angles: torch.Tensor, dims: int) -> torch.Tensor:

@@ -33,8 +33,6 @@ from medseg.data.manifest import is_manifest, read_dataset_json, read_manifest
 from medseg.errors import Code, MedsegError
 from medseg.formats import (
     IMAGE_SUFFIXES,
-    NIFTI_SUFFIXES,
-    PICTURE_SUFFIXES,
     is_dicom,
     is_image_file,
     open_label,
@@ -44,7 +42,7 @@ from medseg.formats import (
 from medseg.labels import Labels
 from medseg.volume import PIXEL_FRAME, Grid, Volume
 
-__all__ = ["Case", "DataFolder", "find_cases", "find_inputs", "label_suffix", "load_image", "load_label"]
+__all__ = ["Case", "DataFolder", "find_cases", "find_inputs", "load_image", "load_label"]
 
 LOOKED_FOR = (
     "a manifest.csv or manifest.json; dataset.json with imagesTr and labelsTr; folders such as images and labels; "
@@ -91,7 +89,9 @@ def find_cases(root: Path, *, manifest: Path | None = None, require_labels: bool
     )
 
 
-def find_inputs(paths: Sequence[Path], *, num_channels: int | None = None) -> tuple[Case, ...]:
+def find_inputs(
+    paths: Sequence[Path], *, num_channels: int | None = None, channels: Sequence[str] | None = None
+) -> tuple[Case, ...]:
     """The scans that are to be segmented; labels among them are left out.
 
     Args:
@@ -99,11 +99,15 @@ def find_inputs(paths: Sequence[Path], *, num_channels: int | None = None) -> tu
             a folder per case, or an `images` folder inside.
         num_channels: how many channels the model takes. It settles whether `_0000` numbers channels or belongs to
             the id; without it, numbers are channels where all ids have the same ones, counted from 0000.
+        channels: the names of these channels instead. Files that are named by them (`flair.nii.gz`, `x_flair.nii.gz`)
+            are taken in this order, and a folder that holds just these files is one case.
     Returns:
         Cases without labels, sorted by id.
     Raises:
-        MedsegError: E_MISSING, E_UNSUPPORTED, E_NO_CASES, or E_DUPLICATE_ID if two inputs have the same id.
+        MedsegError: E_MISSING, E_UNSUPPORTED, E_NO_CASES, E_DUPLICATE_ID if two inputs have the same id, or
+            E_CHANNELS if a case has some of the named channels, but not all.
     """
+    num_channels = len(channels) if channels else num_channels
     entries: dict[Path, dict[str, tuple[Path, ...]]] = {}
     for path in paths:
         if not path.exists():
@@ -114,10 +118,12 @@ def find_inputs(paths: Sequence[Path], *, num_channels: int | None = None) -> tu
             add_entry(entries.setdefault(path.resolve().parent, {}), strip_suffix(path.name), (path,))
         elif is_series(path):
             entries.setdefault(path.resolve(), {})[path.resolve().name] = (path,)
+        elif channels and (files := _whole_case(path, channels)):
+            entries.setdefault(path.resolve(), {})[path.resolve().name] = files
         else:
             entries[path.resolve()] = _inputs_of_folder(path)
     cases = [
-        Case(case_id, files, None)
+        Case(case_id, _in_order(files, channels, case_id), None)
         for group in entries.values()
         for case_id, files in _join_channels(group, num_channels).items()
     ]
@@ -177,14 +183,6 @@ def load_label_values(case: Case, image_grid: Grid) -> Volume:
     if case.label is None:
         raise MedsegError(Code.MISSING, "the case has no label", where=case.case_id)
     return _onto(open_label(case.label), image_grid, case, "label")
-
-
-def label_suffix(case: Case) -> str:
-    """Ending of the file in which a prediction for a case is written: that of its label, if it is one we write."""
-    name = (case.label or case.images[0]).name.lower()
-    lossy_or_palette = name.endswith((".jpg", ".jpeg", ".gif"))
-    written = (suffix for suffix in NIFTI_SUFFIXES + PICTURE_SUFFIXES if name.endswith(suffix))
-    return ".png" if lossy_or_palette else next(written, NIFTI_SUFFIXES[0])
 
 
 def _onto(volume: Volume, grid: Grid, case: Case, what: str) -> Volume:
@@ -273,6 +271,37 @@ def _inputs_of_folder(folder: Path) -> dict[str, tuple[Path, ...]]:
     return {name: entries[name] for name in images}
 
 
+def _whole_case(folder: Path, channels: Sequence[str]) -> tuple[Path, ...] | None:
+    """The files of a folder that holds one case: one file for each of several named channels, and no other image."""
+    files = [path for path in visible(folder) if is_image_file(path)]
+    named = [[f for f in files if _is_named_by(f, channel)] for channel in channels]
+    if len(channels) < 2 or len(files) != len(channels) or any(len(found) != 1 for found in named):
+        return None
+    return tuple(found[0] for found in named)
+
+
+def _in_order(files: tuple[Path, ...], channels: Sequence[str] | None, case_id: str) -> tuple[Path, ...]:
+    """Files of a case in the order of the channels that they are named by; as they are where none is named so."""
+    named = [[f for f in files if _is_named_by(f, channel)] for channel in channels or ()]
+    if len(files) < 2 or not any(named):
+        return files
+    if any(len(found) != 1 for found in named) or len(files) != len(named):
+        raise MedsegError(
+            Code.CHANNELS,
+            "the files of the case do not match the model's channels",
+            where=case_id,
+            expected=", ".join(channels or ()),
+            got=", ".join(f.name for f in files),
+            remedy="name one file by each channel, or number them _0000, _0001 in this order",
+        )
+    return tuple(found[0] for found in named)
+
+
+def _is_named_by(file: Path, channel: str) -> bool:
+    stem = strip_suffix(file.name).lower()
+    return stem == channel.lower() or stem.endswith(("_" + channel.lower(), "-" + channel.lower()))
+
+
 def _join_channels(entries: Mapping[str, tuple[Path, ...]], num_channels: int | None) -> dict[str, tuple[Path, ...]]:
     """Join `case_0000`, `case_0001` where these numbers are channels (see `find_inputs`)."""
     matches = {name: CHANNEL_SUFFIX.fullmatch(name) for name in entries}
@@ -293,9 +322,14 @@ def _check(folder: DataFolder, *, require_labels: bool) -> None:
     if not folder.cases:
         raise MedsegError(Code.NO_CASES, "there is no case", where=folder.root.resolve().name, expected=LOOKED_FOR)
     _refuse_same_ids(folder.cases)
-    alone = [case.case_id for case in folder.cases if case.label is None]
+    alone = [case.case_id for case in folder.cases if case.label is None and case.split != "test"]
     if alone and require_labels:
-        raise MedsegError(Code.MISSING, f"{len(alone)} cases have no label", where=name_some(alone))
+        raise MedsegError(
+            Code.MISSING,
+            f"{len(alone)} case(s) have no label",
+            where=name_some(alone),
+            remedy="add their labels, leave them out, or mark them as test in the manifest's split column",
+        )
     counts = Counter(len(case.images) for case in folder.cases)
     usual = counts.most_common(1)[0][0]
     others = [case for case in folder.cases if len(case.images) != usual]

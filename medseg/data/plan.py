@@ -269,6 +269,9 @@ def _pooling(
         strides.append(tuple(2 if p else 1 for p in poolable))
         kernel = np.where(current < 2 * current.min(), 3, kernel)
         kernels.append(tuple(int(k) for k in kernel))
+    if len(strides) == 1:  # smaller than any pooling: the patch is padded, a network needs two stages
+        strides.append((2,) * len(patch))
+        kernels.append((3,) * len(patch))
     divisor = np.prod(np.array(strides), axis=0)
     exact = tuple(int(math.ceil(p / d) * d) for p, d in zip(patch, divisor, strict=True))
     return tuple(strides), tuple(kernels), exact

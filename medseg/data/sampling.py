@@ -33,6 +33,8 @@ class PatchSampler:
         seed: of everything that is drawn.
         mirror_padding: fill what lies outside the case by reflection (pictures) instead of zeros (volumes, where 0 is
             the mean intensity).
+        margin: voxels along each axis that the patch is larger than what the network labels of it, at either end
+            (padding "valid"): patches may reach over the border by so much, or the border would never be learnt.
     """
 
     cases: Sequence[PreparedCase]
@@ -41,6 +43,7 @@ class PatchSampler:
     foreground_share: float
     seed: int
     mirror_padding: bool = False
+    margin: tuple[int, ...] | None = None
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of a step: image (N, C, *P) float32 and label (N, *P) uint8."""
@@ -98,13 +101,15 @@ class PatchSampler:
             voxels = case.locations[present[int(rng.integers(len(present)))]]
             centre = voxels[rng.integers(len(voxels))]
         start = []
-        for axis, (size, patch) in enumerate(zip(shape, self.patch_size, strict=True)):
-            if size <= patch:
+        margins = self.margin or (0,) * len(shape)
+        for axis, (size, patch, margin) in enumerate(zip(shape, self.patch_size, margins, strict=True)):
+            first, last = -margin, size - patch + margin
+            if last <= first:
                 start.append(-((patch - size) // 2))
             elif centre is not None:
-                start.append(int(np.clip(centre[axis] - patch // 2, 0, size - patch)))
+                start.append(int(np.clip(centre[axis] - patch // 2, first, last)))
             else:
-                start.append(int(rng.integers(size - patch + 1)))
+                start.append(int(rng.integers(first, last + 1)))
         return tuple(start)
 
 
@@ -125,7 +130,7 @@ def cut(array: torch.Tensor, start: Sequence[int], size: Sequence[int], *, mirro
         return array[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
     if mirror:
         for axis, (s, n, m) in enumerate(zip(start, size, shape, strict=True)):
-            array = array.index_select(axis + 1, torch.from_numpy(_reflected(s, n, m)))
+            array = array.index_select(axis + 1, torch.from_numpy(_reflected(s, n, m)).to(array.device))
         return array
     box = array.new_zeros((array.shape[0], *size))
     source, target = [slice(None)], [slice(None)]

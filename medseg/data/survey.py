@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -127,6 +127,7 @@ def survey(
     num_threads: int,
     progress: Progress | None = None,
     on_bad_case: Literal["error", "skip"] = "error",
+    training: Collection[str] | None = None,
 ) -> Survey:
     """Read every case once, check it, and take its statistics.
 
@@ -137,6 +138,7 @@ def survey(
         num_threads: cases that are read at a time; memory holds as many.
         progress: called with (cases read, cases in all).
         on_bad_case: "skip" leaves bad cases out and lists them in `Survey.quarantine`.
+        training: ids of the cases that medians and intensities are taken from; all by default.
     Raises:
         MedsegError: the one problem, or all of them in one table; E_LABEL, E_CHANNELS or E_MIXED where cases do not
             fit together.
@@ -160,6 +162,7 @@ def survey(
             remedy="check the label files and the values in data.labels",
         )
     channels = len(infos[0].intensity)
+    seen = [r for r in good if training is None or r.info.case_id in training]
     return Survey(
         layout=folder.layout,
         spatial_dims=len(infos[0].shape),
@@ -168,9 +171,9 @@ def survey(
         labels=labels,
         labels_from=labels_from,
         cases=infos,
-        median_shape=tuple(round(float(s)) for s in np.median([r.model_shape for r in good], axis=0)),
-        median_spacing_mm=tuple(float(s) for s in np.median([r.model_spacing_mm for r in good], axis=0)),
-        intensity=_pooled(good, infos),
+        median_shape=tuple(round(float(s)) for s in np.median([r.model_shape for r in seen], axis=0)),
+        median_spacing_mm=tuple(float(s) for s in np.median([r.model_spacing_mm for r in seen], axis=0)),
+        intensity=_pooled(seen),
         quarantine=tuple(Problem(i, str(e.code), e.message) for i, e in sorted(problems.items())),
     )
 
@@ -311,8 +314,9 @@ def _statistics(sample: NDArray[np.float32], low: float, high: float, num_foregr
     )
 
 
-def _pooled(readings: Sequence[_Reading], infos: Sequence[CaseInfo]) -> tuple[ChannelStats, ...]:
+def _pooled(readings: Sequence[_Reading]) -> tuple[ChannelStats, ...]:
     sample = np.concatenate([reading.pooled for reading in readings], axis=1)
+    infos = [reading.info for reading in readings]
     return tuple(
         _statistics(
             sample[c],

@@ -119,7 +119,7 @@ def _select(path: Path, series: str | None) -> list[Slice]:
             where=path.name,
             expected="one series, or the UID of the one to read",
             got=listing,
-            remedy="choose one by its SeriesInstanceUID (series=…), or move each into a folder of its own",
+            remedy="move each series into a folder of its own",
         )
     return slices
 

@@ -45,11 +45,19 @@ def predict_inputs(
             or the model refuse. Cases before the refused one are written, the refused one leaves no file.
     """
     info = predictor.bundle.info
-    cases = find_inputs(inputs, num_channels=info.plan.num_channels)
+    cases = find_inputs(inputs, channels=info.channels)
     if output.exists() and not output.is_dir():
         raise MedsegError(Code.OUTPUT, "the output is not a folder", where=output, remedy="give a folder with -o")
+    sources = {file.resolve() for case in cases for file in case.images}
     suffix = ".nii.gz" if info.plan.orientation else ".png"
     existing = [path for case in cases if (path := output / f"{case.case_id}{suffix}").exists()]
+    if sources & {path.resolve() for path in existing}:
+        raise MedsegError(
+            Code.OUTPUT,
+            "the labels would replace the scans that they are made from",
+            where=output,
+            remedy="choose another folder with -o",
+        )
     if existing and not overwrite:
         raise MedsegError(
             Code.OUTPUT,

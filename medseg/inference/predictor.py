@@ -10,6 +10,7 @@ import torch
 from medseg.bundle import Bundle, load_bundle
 from medseg.data.preprocess import prepare_image
 from medseg.device import choose_device, choose_precision
+from medseg.errors import Code, MedsegError
 from medseg.inference.sliding_window import WindowConfig, memory_format, sliding_window_logits
 from medseg.resampling import resample_argmax
 from medseg.volume import PIXEL_FRAME, Volume
@@ -49,12 +50,19 @@ class Predictor:
             device: "auto", "cpu", "cuda", "cuda:1", …
             precision: "auto", "bf16", "fp16" or "fp32".
             step: distance of tiles as a share of the tile.
-            mirror: average over mirrored passes along all axes.
+            mirror: average over mirrored passes along the axes that training mirrored.
             batch_size: tiles in one forward pass.
         """
         where = choose_device(device)
         bundle = load_bundle(run, checkpoint=checkpoint, device=where)
-        axes = tuple(range(bundle.info.plan.spatial_dims)) if mirror else ()
+        axes = bundle.info.mirror_axes if mirror else ()
+        if mirror and not axes:
+            raise MedsegError(
+                Code.MODEL,
+                "the model was trained without mirroring and knows sides: mirrored passes would confuse it",
+                where="--mirror",
+                remedy="leave --mirror out, or train with augment.mirror_axes=[0,1,2] where the anatomy has no sides",
+            )
         config = WindowConfig(step, axes, batch_size, choose_precision(precision, where))
         return cls(bundle, config)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from medseg.errors import MedsegError
 from medseg.registry import Registry
+
+SIZES_TRIED = 8
+"""Sizes that `next_size` looks at."""
 
 
 class SegmentationModel(nn.Module):
@@ -35,8 +39,22 @@ class SegmentationModel(nn.Module):
         raise NotImplementedError
 
     def next_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
-        """The smallest size along each axis, from `size` on, that fits."""
-        return tuple(-(-length // d) * d for length, d in zip(size, self.divisor, strict=True))
+        """A size that fits: the next multiples of `divisor` from `size` on, enlarged until they do.
+
+        Raises:
+            MedsegError: E_MODEL if none of the next `SIZES_TRIED` does.
+        """
+        multiples = [-(-length // d) for length, d in zip(size, self.divisor, strict=True)]
+        for more in range(SIZES_TRIED):
+            size = tuple((m + more) * d for m, d in zip(multiples, self.divisor, strict=True))
+            try:
+                self.output_size(size)
+            except MedsegError:
+                if more == SIZES_TRIED - 1:
+                    raise
+            else:
+                break
+        return size
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Class scores (logits).

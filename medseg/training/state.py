@@ -38,7 +38,9 @@ def save_best(run: Path, model: nn.Module, counters: Counters) -> None:
     write_checkpoint(checkpoint_path(run, "best"), _weights(model), {"counters": asdict(counters)})
 
 
-def save_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, counters: Counters) -> None:
+def save_latest(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, counters: Counters
+) -> None:
     """Write all that `resume` needs as the latest checkpoint."""
     tensors = _weights(model)
     state = optimizer.state_dict()
@@ -46,12 +48,14 @@ def save_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, c
         for name, value in entries.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{OPTIMIZER_PREFIX}{index}.{name}"] = value
-    metadata = {"counters": asdict(counters), "param_groups": state["param_groups"]}
+    metadata = {"counters": asdict(counters), "param_groups": state["param_groups"], "scaler": scaler.state_dict()}
     write_checkpoint(checkpoint_path(run, "latest"), tensors, metadata)
 
 
-def resume_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
-    """Put the latest checkpoint's state into model and optimizer.
+def resume_latest(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Counters:
+    """Put the latest checkpoint's state into model, optimizer and loss scaler.
 
     Raises:
         MedsegError: E_CHECKPOINT or E_MODEL, from reading; E_CHECKPOINT if it holds no trainer state.
@@ -78,6 +82,7 @@ def resume_latest(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         for group in metadata["param_groups"]
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scaler.load_state_dict(metadata["scaler"])
     return Counters(**metadata["counters"])
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +18,17 @@ from rich.console import Console
 from torch import nn
 
 from medseg.bundle import BundleInfo, checkpoint_path, load_bundle
-from medseg.data.augment import Augmenter
-from medseg.data.cases import Case, find_cases
+from medseg.data.augment import Augmenter, mirrored_axes
+from medseg.data.cases import Case, DataFolder, find_cases
 from medseg.data.plan import Plan, make_plan, with_model, with_patch
 from medseg.data.preprocess import PreparedCase, prepare_cases
 from medseg.data.sampling import PatchSampler
-from medseg.data.splits import Split, make_split, write_split
+from medseg.data.splits import Split, make_split, read_split, write_split
 from medseg.data.survey import Survey, summary_lines, survey
 from medseg.device import choose_device, choose_precision
 from medseg.errors import Code, MedsegError
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import WindowConfig, autocast, memory_format
-from medseg.labels import Labels
 from medseg.losses import LOSSES
 from medseg.losses.deep_supervision import DeepSupervision
 from medseg.models import MODELS, SegmentationModel
@@ -41,9 +41,13 @@ from medseg.training.experiment import Experiment
 from medseg.training.journal import DICE_PREFIX, HISTORY_FILE, Journal
 from medseg.training.optimizers import OPTIMIZERS
 from medseg.training.schedules import SCHEDULES, Schedule
+from medseg.training.signals import StopSignals
 from medseg.training.state import Counters, resume_latest, save_best, save_latest
 from medseg.training.validation import final_validation, validate
 from medseg.volume import Volume
+
+SPLIT_FILE = "split.json"
+"""Which cases train and validate, in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
 
     Args:
         experiment: everything that states the run.
-        run: the folder that will hold everything about it; with a latest checkpoint inside when resuming.
+        run: the folder that will hold everything about it; with `experiment.resume`, the run that goes on.
         console: where the user reads.
     Raises:
         MedsegError: what the data, the configuration or the machine refuse; E_NAN_LOSS if the loss stops being finite.
@@ -80,15 +84,15 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     torch.manual_seed(experiment.seed)
     device = choose_device(experiment.trainer.device)
 
-    found, cases, split = find_data(experiment, run, console)
-    info = plan_run(experiment, found, device)
-    info.write(run)
-    plan, settings = info.plan, info.model
-    plan.write(run / "plan.yaml")
+    if experiment.resume is None:
+        cases, split, info = begin(experiment, run, device, console)
+    else:
+        cases, split, info = go_on(experiment, run)
+    plan = info.plan
 
     model = info.build_model().to(device, memory_format=memory_format(plan.spatial_dims))  # type: ignore[call-overload]
-    describe(console, run, plan, settings, model, device)
-    training, validation = prepare(experiment, plan, found.labels, cases, split, console)
+    describe(console, run, info, model, device)
+    training, validation = prepare(experiment, info, cases, split, console)
 
     loop = Loop(experiment, run, plan, info, model, training, validation, device)
     with Journal(run, console, loop.columns(), from_step=loop.counters.step) as journal:
@@ -98,8 +102,63 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     return conclude(experiment, run, loop, [cases[i] for i in split.val], console)
 
 
-def find_data(experiment: Experiment, run: Path, console: Console) -> tuple[Survey, dict[str, Case], Split]:
-    """Find the cases, read each once, say what was found, and split them."""
+def begin(
+    experiment: Experiment, run: Path, device: torch.device, console: Console
+) -> tuple[dict[str, Case], Split, BundleInfo]:
+    """Find the cases, split them, read each once, say what was found, plan; and write all that down.
+
+    Test cases are not looked at, and validation cases shape neither the plan nor the normalisation.
+    """
+    data = experiment.data
+    folder = found_cases(experiment)
+    split = make_split(folder.cases, data.split, experiment.seed)
+    if experiment.trainer.overfit_cases is not None:
+        few = split.train[: experiment.trainer.overfit_cases]
+        split = dataclasses.replace(split, train=few, val=few, rule=f"overfitting on {len(few)} case(s)")
+    used = {*split.train, *split.val}
+    with counting_bar(console, "reading every case once") as progress:
+        found = survey(
+            dataclasses.replace(folder, cases=tuple(c for c in folder.cases if c.case_id in used)),
+            data.labels,
+            num_threads=data.num_threads,
+            progress=progress,
+            training=split.train,
+        )
+    for line in summary_lines(found):
+        console.print(line, highlight=False, soft_wrap=True)
+    sizes = f"{len(split.train)} to train, {len(split.val)} to validate"
+    sizes += f", {len(split.test)} set aside to test" if split.test else ""
+    console.print(f"split      {sizes} ({split.rule})", highlight=False, soft_wrap=True)
+    training = dataclasses.replace(found, cases=tuple(c for c in found.cases if c.case_id in split.train))
+    info = plan_run(experiment, training, device)
+    write_split(run / SPLIT_FILE, split)
+    (run / "survey.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+    info.plan.write(run / "plan.yaml")
+    info.write(run)
+    return {case.case_id: case for case in folder.cases}, split, info
+
+
+def go_on(experiment: Experiment, run: Path) -> tuple[dict[str, Case], Split, BundleInfo]:
+    """What a run decided when it began: a resumed run keeps its split and plan, also where the folder has grown.
+
+    Raises:
+        MedsegError: E_MISSING if a case of the split is not in the folder any more; E_RUN if this is no run.
+    """
+    info, split = BundleInfo.read(run), read_split(run / SPLIT_FILE)
+    cases = {case.case_id: case for case in found_cases(experiment).cases}
+    gone = [case for case in (*split.train, *split.val) if case not in cases]
+    if gone:
+        raise MedsegError(
+            Code.MISSING,
+            f"{len(gone)} case(s) of the run are not in the data folder any more",
+            where=", ".join(gone[:10]),
+            remedy="put them back, or begin a new run",
+        )
+    return cases, split, info
+
+
+def found_cases(experiment: Experiment) -> DataFolder:
+    """The cases of `data.root`."""
     data = experiment.data
     if data.root is None:
         raise MedsegError(
@@ -109,25 +168,7 @@ def find_data(experiment: Experiment, run: Path, console: Console) -> tuple[Surv
             expected="a folder of cases",
             remedy="medseg train data.root=FOLDER; try it on a phantom with: medseg demo",
         )
-    folder = find_cases(
-        Path(data.root).expanduser(), manifest=None if data.manifest is None else Path(data.manifest).expanduser()
-    )
-    with counting_bar(console, "reading every case once") as progress:
-        found = survey(folder, data.labels, num_threads=data.num_threads, progress=progress)
-    for line in summary_lines(found):
-        console.print(line, highlight=False, soft_wrap=True)
-    split = make_split(folder.cases, data.split, experiment.seed)
-    if experiment.trainer.overfit_cases is not None:
-        few = split.train[: experiment.trainer.overfit_cases]
-        split = dataclasses.replace(split, train=few, val=few, rule=f"overfitting on {len(few)} case(s)")
-    write_split(run / "split.json", split)
-    (run / "survey.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
-    console.print(
-        f"split: {len(split.train)} to train, {len(split.val)} to validate ({split.rule})",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return found, {case.case_id: case for case in folder.cases}, split
+    return find_cases(Path(data.root), manifest=None if data.manifest is None else Path(data.manifest))
 
 
 def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> BundleInfo:
@@ -144,7 +185,8 @@ def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> Bun
         config = dataclasses.replace(config, num_stages=len(next(iter(given.values()))))
     plan = with_model(make_plan(found, config, device=device.type), given)
     settings |= {name: plan.to_json()[name] for name in shared if name not in given}
-    info = BundleInfo(settings, plan, found.labels, found.channel_names)
+    mirrored = mirrored_axes(experiment.augment, spatial_dims=plan.spatial_dims, is_picture=not plan.orientation)
+    info = BundleInfo(settings, plan, found.labels, found.channel_names, mirrored)
     model = info.build_model()
     patch = model.next_size(plan.patch_size)
     if config.patch_size is None and patch != plan.patch_size:
@@ -155,15 +197,15 @@ def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> Bun
 
 
 def prepare(
-    experiment: Experiment, plan: Plan, labels: Labels, cases: Mapping[str, Case], split: Split, console: Console
+    experiment: Experiment, info: BundleInfo, cases: Mapping[str, Case], split: Split, console: Console
 ) -> tuple[list[PreparedCase], list[PreparedCase]]:
     """All training and validation cases in memory, as the network sees them."""
     wanted = list(dict.fromkeys([*split.train, *split.val]))
     with counting_bar(console, "preparing the cases") as progress:
         prepared = prepare_cases(
             [cases[i] for i in wanted],
-            plan,
-            labels,
+            info.plan,
+            info.labels,
             seed=experiment.seed,
             num_threads=experiment.data.num_threads,
             progress=progress,
@@ -172,17 +214,16 @@ def prepare(
     return [by_id[i] for i in split.train], [by_id[i] for i in split.val]
 
 
-def describe(
-    console: Console, run: Path, plan: Plan, settings: Mapping[str, Any], model: nn.Module, device: torch.device
-) -> None:
+def describe(console: Console, run: Path, info: BundleInfo, model: nn.Module, device: torch.device) -> None:
     """Say in a few lines what will be trained."""
+    plan = info.plan
     weights = sum(p.numel() for p in model.parameters())
     patch = "×".join(str(p) for p in plan.patch_size)
-    spacing = "×".join(f"{s:g}" for s in plan.spacing_mm)
-    unit = "px" if not plan.orientation else "mm"
+    spacing = "×".join(f"{s:.4g}" for s in plan.spacing_mm)
+    unit = "mm" if plan.orientation else "px"
     console.print(
-        f"model: {settings['name']}, {weights / 1e6:.2f} million weights, on {device.type}\n"
-        f"plan: patch {patch} at {spacing} {unit}, batch {plan.batch_size}, {plan.normalisation}"
+        f"model      {info.model['name']}, {weights / 1e6:.2f} million weights, on {device.type}\n"
+        f"plan       patch {patch} at {spacing} {unit}, batch {plan.batch_size}, {plan.normalisation}"
         f" (reasons in {run / 'plan.yaml'})",
         highlight=False,
         soft_wrap=True,
@@ -209,13 +250,16 @@ class Loop:
         self.precision = choose_precision(self.config.precision, device)
         self.window = WindowConfig(batch_size=plan.batch_size, precision=self.precision)
         is_picture = not plan.orientation
+        labelled = model.output_size(plan.patch_size)
+        margin = tuple((p - q) // 2 for p, q in zip(plan.patch_size, labelled, strict=True))
         self.sampler = PatchSampler(
             training,
             plan.patch_size,
             plan.batch_size,
             self.config.foreground_share,
             experiment.seed,
-            mirror_padding=is_picture,
+            mirror_padding=is_picture or any(margin),
+            margin=margin,
         )
         self.augment = Augmenter(
             experiment.augment, spacing_mm=plan.spacing_mm, is_picture=is_picture, seed=experiment.seed
@@ -226,8 +270,10 @@ class Loop:
         self.base_lr = float(self.optimizer.param_groups[0]["lr"])
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.counters = Counters()
-        if checkpoint_path(run, "latest").exists():
-            self.counters = resume_latest(run, model, self.optimizer)
+        if experiment.resume is not None and checkpoint_path(run, "latest").exists():
+            self.counters = resume_latest(run, model, self.optimizer, self.scaler)
+            # A larger budget moves the evenly spread validations: those due by now count as done.
+            self.counters.validations = int(self.progress() * self.config.num_validations + 1e-9)
         self.last_dice = math.nan
         self.saved_at = time.monotonic()
         fixed = [case.case_id for case in validation]
@@ -249,8 +295,8 @@ class Loop:
         mark, mark_step = time.monotonic(), self.counters.step
         recent, num_recent = torch.zeros((), device=self.device), 0
         batches = self.sampler.prefetch(self.counters.step)
-        try:
-            while self.progress() < 1:
+        with StopSignals() as stop, closing(batches):
+            while self.progress() < 1 and stop.received is None:
                 step, image, label = next(batches)
                 recent += self.train_step(step, image.to(self.device), label.to(self.device))
                 num_recent += 1
@@ -263,6 +309,7 @@ class Loop:
                     recent, num_recent = torch.zeros_like(recent), 0
                     mark, mark_step = time.monotonic(), self.counters.step
                 if self.is_time_to_validate():
+                    self.check_finite(float(recent))
                     self.validate(journal)
                     mark, mark_step = time.monotonic(), self.counters.step
                     self.counters.minutes = (time.monotonic() - started) / 60
@@ -272,12 +319,12 @@ class Loop:
                         return
                 elif time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
                     self.save()
-        except KeyboardInterrupt:
-            self.save()
-            journal.say(f"interrupted; go on with: medseg train resume={self.run}")
-            raise
-        finally:
-            batches.close()
+            if stop.received is not None:
+                self.save()
+                again = shlex.quote(f"resume={self.run}")
+                journal.say(f"stopped by {stop.received.name} at step {self.counters.step}; go on with:")
+                journal.say(f"  medseg train {again}")
+        stop.raise_received()
 
     def train_step(self, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """One optimizer step on a batch; returns the loss, detached and still on the device."""
@@ -298,7 +345,22 @@ class Loop:
         return loss.detach()
 
     def log_training(self, journal: Journal, loss: float, samples_per_s: float) -> None:
-        """Record the mean loss of the last steps; a loss that is not finite ends the run."""
+        """Record the mean loss of the last steps and move the bar."""
+        self.check_finite(loss)
+        lr = self.optimizer.param_groups[0]["lr"]
+        values = {"train_loss": loss, "lr": lr, "samples_per_s": samples_per_s}
+        journal.record(self.counters.step, self.counters.minutes, values)
+        dice = "" if math.isnan(self.last_dice) else f" Dice {self.last_dice:.3f}"
+        journal.advance(
+            self.progress(), f"step {self.counters.step} loss {loss:.3f}{dice} {samples_per_s:.1f} samples/s"
+        )
+
+    def check_finite(self, loss: float) -> None:
+        """End the run at a loss that is not finite, before such weights are saved.
+
+        Raises:
+            MedsegError: E_NAN_LOSS.
+        """
         if not math.isfinite(loss):
             raise MedsegError(
                 Code.NAN_LOSS,
@@ -307,13 +369,6 @@ class Loop:
                 got=loss,
                 remedy="lower optimizer.lr, or set trainer.precision=fp32; the best checkpoint is kept",
             )
-        lr = self.optimizer.param_groups[0]["lr"]
-        values = {"train_loss": loss, "lr": lr, "samples_per_s": samples_per_s}
-        journal.record(self.counters.step, self.counters.minutes, values)
-        dice = "" if math.isnan(self.last_dice) else f" Dice {self.last_dice:.3f}"
-        journal.advance(
-            self.progress(), f"step {self.counters.step} loss {loss:.3f}{dice} {samples_per_s:.1f} samples/s"
-        )
 
     def is_time_to_validate(self) -> bool:
         """Whether the next of the evenly spread validations is due."""
@@ -361,7 +416,7 @@ class Loop:
 
     def save(self) -> None:
         """Write the latest checkpoint."""
-        save_latest(self.run, self.model, self.optimizer, self.counters)
+        save_latest(self.run, self.model, self.optimizer, self.scaler, self.counters)
         self.saved_at = time.monotonic()
 
 

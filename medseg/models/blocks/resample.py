@@ -230,7 +230,8 @@ def make_up(
     """A step up by name. Interpolation alone keeps `in_channels`; the others return `out_channels`.
 
     Args:
-        name: "transposed" (F = S), "transposed_padded" (F = kernel), "interpolation", or "interpolation_convolution"
+        name: "transposed" (F = S), "transposed_padded" (F = kernel, at least 3 where S > 1), "interpolation", or
+            "interpolation_convolution"
             (F = kernel).
         in_channels: C.
         out_channels: K.
@@ -242,7 +243,9 @@ def make_up(
         case "transposed":
             return TransposedConvolution(in_channels, out_channels, style, stride=stride)
         case "transposed_padded":
-            return TransposedConvolution(in_channels, out_channels, style, stride=stride, kernel=kernel)
+            # A filter smaller than the stride would leave gaps between what it writes.
+            wide = tuple(max(f, 3) if s > 1 else f for f, s in zip(kernel, stride, strict=True))
+            return TransposedConvolution(in_channels, out_channels, style, stride=stride, kernel=wide)
         case "interpolation":
             return Interpolation(in_channels, stride)
         case "interpolation_convolution":
