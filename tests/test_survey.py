@@ -12,7 +12,8 @@ from PIL import Image
 
 from medseg.data import survey as module
 from medseg.data.cases import find_cases
-from medseg.data.survey import Survey, summary_lines, survey
+from medseg.data.summary import summary_lines
+from medseg.data.survey import Survey, survey
 from medseg.errors import Code, MedsegError
 from medseg.labels import Labels
 

@@ -109,7 +109,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path: Path, sig
 
     interrupted = tmp_path / "interrupted"
     with pytest.MonkeyPatch.context() as patch:
-        from medseg.training.train import Loop
+        from medseg.training.loop import Loop
 
         original = Loop.train_step
 
@@ -180,6 +180,19 @@ def test_test_cases_are_not_looked_at_and_validation_cases_shape_no_plan(tiny_ru
     assert yaml.safe_load((tmp_path / "b" / "plan.yaml").read_text()) == first
 
 
+def test_bad_cases_stay_out_when_told(tiny_run, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_run.data, data)
+    broken = data / "imagesTr" / "phantom_004_0000.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    with pytest.raises(MedsegError, match="E_TRUNCATED"):
+        run(data, tmp_path / "a", "trainer.max_steps=1")
+    run(data, tmp_path / "b", "trainer.max_steps=1", "data.on_bad_case=skip", "data.split.validation=[phantom_001]")
+    split = json.loads((tmp_path / "b" / "split.json").read_text())
+    assert split["train"] == ["phantom_002", "phantom_003"] and split["val"] == ["phantom_001"]
+    assert "left out   phantom_004: E_TRUNCATED" in (tmp_path / "b.txt").read_text()
+
+
 def test_volumes_smaller_than_any_patch(tmp_path: Path) -> None:
     grid = Grid((6, 7, 5), np.eye(4))
     for folder in ("images", "labels"):
@@ -225,9 +238,7 @@ def test_early_stopping(tiny_run, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "medseg.training.train.Loop.train_step", lambda self, step, image, label: torch.tensor(math.nan)
-    )
+    monkeypatch.setattr("medseg.training.loop.Loop.train_step", lambda self, step, image, label: torch.tensor(math.nan))
     with pytest.raises(MedsegError, match=r"(?s)E_NAN_LOSS.*step 1.*lower optimizer.lr"):
         run(tiny_run.data, tmp_path / "run", "trainer.max_steps=4")
     assert not checkpoint_path(tmp_path / "run", "best").exists()

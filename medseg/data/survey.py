@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from medseg.data.cases import Case, DataFolder, load_image, load_label_values
 from medseg.data.layouts import name_some
 from medseg.errors import Code, MedsegError
-from medseg.labels import REST, Labels, integer_values
+from medseg.labels import Labels, integer_values
 from medseg.volume import MODEL_ORIENTATION
 
 MAX_FOUND_VALUES = 64
@@ -176,45 +176,6 @@ def survey(
         intensity=_pooled(seen),
         quarantine=tuple(Problem(i, str(e.code), e.message) for i, e in sorted(problems.items())),
     )
-
-
-def summary_lines(found: Survey) -> list[str]:
-    """What was found, in plain lines for the terminal."""
-    cases = found.cases
-    unit = "mm" if cases[0].orientation else "pixel"
-    modalities = sorted({case.modality or "" for case in cases} - {""})
-    lines = [
-        f"layout     {found.layout}",
-        f"cases      {len(cases)}, {found.spatial_dims}D" + (f", {'/'.join(modalities)}" if modalities else ""),
-        f"channels   {found.num_channels} ({', '.join(found.channel_names)})",
-        "sizes      " + _range([case.shape for case in cases], "{:.0f}"),
-        "spacings   " + _range([case.spacing_mm for case in cases], "{:.3g}") + f" {unit}",
-    ]
-    orientations = Counter(case.orientation for case in cases if case.orientation)
-    if orientations:
-        lines.append("stored as  " + ", ".join(f"{name} ({count})" for name, count in orientations.most_common()))
-    lines.append(f"labels     from {found.labels_from}")
-    voxels = np.array([case.label_voxels for case in cases], dtype=np.float64)
-    for index, name in enumerate(found.labels.names):
-        values = found.labels.values[index]
-        share = voxels[:, index].sum() / voxels.sum()
-        lines.append(
-            f"  {index}  {name:<20} value {', '.join(map(str, values)) or REST:<8} "
-            f"{100 * share:8.3g} % of voxels, in {int((voxels[:, index] > 0).sum())} of {len(cases)} cases"
-        )
-    for problem in found.quarantine:
-        lines.append(f"left out   {problem.case_id}: {problem.code} {problem.message}")
-    return lines
-
-
-def _range(values: Sequence[tuple[float, ...]], form: str) -> str:
-    """Smallest, median and largest along each axis of the files; one of them where all look equal."""
-    columns = np.array(values)
-    parts = {"min": columns.min(axis=0), "median": np.median(columns, axis=0), "max": columns.max(axis=0)}
-    shown = {name: " × ".join(form.format(v) for v in row) for name, row in parts.items()}
-    if len(set(shown.values())) == 1:
-        return shown["median"]
-    return ", ".join(f"{name} {row}" for name, row in shown.items())
 
 
 def _declared(folder: DataFolder, declared_labels: Mapping[str, Any] | None) -> tuple[Labels | None, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from medseg.data.augment import AugmentConfig
 from medseg.data.plan import PlanConfig
@@ -25,6 +25,8 @@ class DataConfig:
     """A manifest (case, image, label, patient, split) whose paths are relative to `root`."""
     labels: Mapping[str, Any] | None = None
     """Classes as {name: value}, {name: [values]} or {name: rest}; null takes them from dataset.json or the files."""
+    on_bad_case: Literal["error", "skip"] = "error"
+    """What a case that cannot be used does: end the run before its first step, or stay out and be listed."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Which cases train and which validate."""
     plan: PlanConfig = field(default_factory=PlanConfig)
