@@ -20,9 +20,8 @@ EPSILON = 1e-5
 class InstanceNorm(nn.Module):
     """Each channel of each image to mean 0 and variance 1, then a learnt scale and shift. Any number of axes.
 
-    On a CPU each image goes through torch's batch normalisation alone, which is the same sum and stays in
-    channels-last: on 16 channels of 40×56×40 in bf16, forward and backward together cost about half of torch's own
-    instance normalisation, and a 20th of a group normalisation with one channel per group.
+    On a CPU each image goes through torch's batch normalisation alone: the same sum, in channels-last throughout, and
+    faster than torch's own instance normalisation (scripts/bench_instance_norm.py).
 
     Source:
         Ulyanov et al., Instance Normalization, 2016, arXiv:1607.08022.
