@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -15,6 +15,7 @@ from medseg import __version__
 from medseg.errors import MedsegError
 
 if TYPE_CHECKING:
+    from medseg.reports.pairs import MissingPolicy
     from medseg.training.experiment import Experiment
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -134,10 +135,12 @@ def predict(
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Folder for metrics.csv, summary.csv, metrics.json."
 )
-@click.option("--tolerance", default=2.0, show_default=True, help="Tolerance of the surface Dice in mm.")
+@click.option(
+    "--tolerance", default=2.0, show_default=True, help="Tolerance of the surface Dice in mm (pixels for pictures)."
+)
 @click.option("--labels", help='Classes as {name: value}, e.g. "{liver: 1, spleen: 2}"; else as found.')
-@click.option("--missing", default="error", show_default=True, type=click.Choice(["error", "count"]),
-              help="A reference without a prediction: refuse, or count it as a missed case.")  # fmt: skip
+@click.option("--missing", default="error", show_default=True, type=click.Choice(["error", "count", "skip"]),
+              help="A reference without a prediction: refuse, count it as a missed case, or leave it out.")  # fmt: skip
 @click.option("--threads", default=2, show_default=True, help="Cases measured at a time.")
 def evaluate(
     predictions: Path,
@@ -168,7 +171,7 @@ def evaluate(
             references,
             labels=None if labels is None else Labels.from_text(labels),
             tolerance_mm=tolerance,
-            missing="count" if missing == "count" else "error",
+            missing=cast("MissingPolicy", missing),
             num_threads=threads,
             progress=progress,
         )

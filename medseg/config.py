@@ -35,6 +35,10 @@ from medseg.training.schedules import SCHEDULES
 
 CONFIG_FILE = "config.yaml"
 """The whole configuration of a run, in its folder."""
+OPTIONS_WITH_VALUE = frozenset(
+    ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
+)
+"""Hydra's options that are followed by a value; --info may be."""
 PART_GROUPS: dict[str, Registry[Any]] = {
     "model": MODELS,
     "loss": LOSSES,
@@ -87,13 +91,38 @@ def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experi
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 sys.stderr.write(f"{error}\n")
 
-    with _hydra_process(["medseg", *arguments]):  # the name that shell completion is installed for
+    with _hydra_process(["medseg", *_options_first(arguments)]):  # the name that shell completion is installed for
         try:
             hydra.main(config_path=str(configs_folder()), config_name=config_name, version_base="1.3")(job)()
         except (HydraException, OmegaConfBaseException) as error:
             raise _explain(error, config_name, arguments) from error
     if refused:
         raise refused[0]
+
+
+def _options_first(arguments: Sequence[str]) -> list[str]:
+    """The command line with its options before its overrides: Hydra's parser takes no options in between.
+
+    Raises:
+        MedsegError: E_CONFIG for a bare path, which is most likely meant as the data.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = before in OPTIONS_WITH_VALUE or (before in ("--info", "-i") and "=" not in argument)
+        if argument.startswith("-") or is_value:
+            options.append(argument)
+        elif "=" not in argument and not argument.startswith("~") and Path(argument).expanduser().exists():
+            raise MedsegError(
+                Code.CONFIG,
+                "a path stands where a setting was expected",
+                where=argument,
+                expected="key=value",
+                remedy=f"did you mean data.root={argument} ?",
+            )
+        else:
+            overrides.append(argument)
+    return options + overrides
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from medseg.formats import open_label
 from medseg.inference.folder import predict_inputs
 from medseg.inference.predictor import Predictor
 from medseg.phantom import write_phantoms
+from medseg.program import command
 from medseg.reports.evaluation import Evaluation, evaluate_folders
 from medseg.reports.overlay import save_overlay
 from medseg.reports.progress import counting_bar
@@ -84,7 +85,7 @@ def run_demo(output: Path, *, minutes: float, seed: int, console: Console | None
         f"mean Dice {evaluation.mean('dice'):.4f} on the held-out scan,"
         f" {time.monotonic() - started:.0f} s in all\n"
         f"picture: {picture}\nlabels:  {labels[0]}\nmetrics: {predictions / 'evaluation'}\n"
-        f"next:    medseg train data.root=YOUR_FOLDER",
+        f"next:    {command('train', 'data.root=YOUR_FOLDER')}",
         highlight=False,
         soft_wrap=True,
     )

@@ -222,6 +222,13 @@ def test_bad_data_are_refused_before_training(tmp_path: Path, capsys, kind: str,
     assert not list(Path("runs").glob("*")), "a run that never began leaves no folder"
 
 
+def test_options_may_stand_anywhere_and_a_bare_path_is_understood(tmp_path: Path, capsys) -> None:
+    main(["train", "seed=3", "--cfg", "job", "--resolve", "trainer.max_steps=4"])
+    shown = capsys.readouterr().out
+    assert "seed: 3" in shown and "max_steps: 4" in shown
+    assert f"did you mean data.root={tmp_path} ?" in refused(capsys, "train", tmp_path)
+
+
 def test_train_without_data(capsys) -> None:
     message = refused(capsys, "train")
     assert "data.root=FOLDER" in message and "medseg demo" in message
@@ -248,6 +255,8 @@ def test_evaluate_refuses(tmp_path: Path, capsys) -> None:
     assert summary["num_missed"] == 1
     assert summary["metrics"]["dice"]["mean"] == pytest.approx(0.75)
     assert "E_LABEL" in refused(capsys, "evaluate", predictions, data / "labels", "--labels", "liver")
+    main(["evaluate", str(predictions), str(data / "labels"), "--missing", "skip", "-o", str(tmp_path / "part")])
+    assert json.loads((tmp_path / "part" / "metrics.json").read_text())["num_cases"] == 3
 
 
 def test_help_of_every_verb_teaches(capsys) -> None:

@@ -43,7 +43,7 @@ def test_folds_of_blocks_are_neighbours_and_cover_every_case_once() -> None:
         seen += split.val
     assert sorted(seen) == [c.case_id for c in NUMBERED]
     assert "block" in split.rule
-    assert "same person" in split.rule
+    assert "one person" in split.rule
 
 
 def test_the_seed_decides_and_nothing_else() -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,27 @@ def test_time_budget(tiny_run, tmp_path: Path) -> None:
     assert result.steps >= 1 and result.minutes >= 0.1
     rates = [float(r["lr"]) for r in history(tmp_path / "run") if r["lr"]]
     assert rates[-1] < 1e-3 / 2  # the schedule ran over time
+
+
+def test_slow_validations_are_spaced_out(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medseg.training import loop
+
+    original = loop.validate
+
+    def slow(*arguments, **options):
+        time.sleep(0.6)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(loop, "validate", slow)
+    run(
+        tiny_run.data,
+        tmp_path / "run",
+        "trainer.max_minutes=0.15",
+        "trainer.num_validations=30",
+        "trainer.overlay_cases=1",
+    )
+    validations = [r for r in history(tmp_path / "run") if r["val_dice_mean"]]
+    assert 1 <= len(validations) <= 4  # 30 of them would take twice the budget
 
 
 @pytest.mark.parametrize("model", ["model.padding=valid", "model=fusionnet", "model=monai"])

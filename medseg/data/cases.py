@@ -63,9 +63,7 @@ def find_cases(root: Path, *, manifest: Path | None = None, require_labels: bool
             E_DUPLICATE_ID for ids that are equal or differ only in case, E_CHANNELS if cases have other channels.
     """
     if not root.exists():
-        raise MedsegError(
-            Code.MISSING, "the data folder is not there", where=root.resolve().name, remedy="check data.root"
-        )
+        raise MedsegError(Code.MISSING, "the data folder is not there", where=root, remedy="check data.root")
     if manifest is None and is_manifest(root):
         root, manifest = root.parent, root
     elif root.name == "dataset.json":
@@ -111,7 +109,7 @@ def find_inputs(
     entries: dict[Path, dict[str, tuple[Path, ...]]] = {}
     for path in paths:
         if not path.exists():
-            raise MedsegError(Code.MISSING, "the input is not there", where=path.name)
+            raise MedsegError(Code.MISSING, "the input is not there", where=path, remedy="check the path")
         if path.is_file():
             if not (is_image_file(path) or is_dicom(path)):
                 raise MedsegError(Code.UNSUPPORTED, "not an image that can be read", where=path.name)

@@ -191,7 +191,7 @@ def _by_fold(
     blocks = np.array_split(np.arange(len(ids)), min(config.num_folds, max(len(ids), 1)))
     order_of_blocks = random.permutation(len(blocks))
     block = blocks[order_of_blocks[config.fold]] if config.fold < len(blocks) else []
-    why = "neighbouring ids are often the same person or the neighbouring slice"
+    why = "neighbours are often one person or one stack"
     return {ids[k] for k in block}, f"by block of the sorted ids, because {why} ({which})"
 
 

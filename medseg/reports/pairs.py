@@ -15,7 +15,7 @@ from medseg.errors import Code, MedsegError
 from medseg.formats import is_image_file, open_label, strip_suffix
 from medseg.labels import TABLE_FILE, Labels, integer_values
 
-MissingPolicy = Literal["error", "count"]
+MissingPolicy = Literal["error", "count", "skip"]
 MAX_CLASSES = 255
 """More values than this in references are not classes but instances (or the file is an image)."""
 _LISTED = 10
@@ -39,6 +39,11 @@ def case_id(path: Path) -> str:
 def match_pairs(predicted: Path, reference: Path, *, missing: MissingPolicy) -> list[Pair]:
     """Match two files, or the files of two folders by their case id, in the order of the ids.
 
+    Args:
+        predicted: a file or a folder.
+        reference: the same.
+        missing: what a reference without a prediction is: an "error", an empty prediction ("count"), or left out
+            ("skip": for a look at a part; the mean then is not that of the data set).
     Raises:
         MedsegError: E_MISSING, E_NO_CASES, E_DUPLICATE_ID.
     """
@@ -55,13 +60,18 @@ def match_pairs(predicted: Path, reference: Path, *, missing: MissingPolicy) -> 
             remedy="give two files, or two folders",
         )
     predictions, references = _by_case(predicted), _by_case(reference)
-    _refuse(set(predictions) - set(references), f"prediction without a reference in {reference.name}", predicted)
+    remedy = (
+        "remove them, or add their references; files with other names can be compared one by one: PRED_FILE REF_FILE"
+    )
+    alone = set(predictions) - set(references)
+    _refuse(alone, f"prediction without a reference in {reference.name}", predicted, remedy)
     if missing == "error":
-        remedy = "predict them too, or use --missing count to score them as empty predictions"
+        remedy = "predict them too, or use --missing count (as empty predictions) or --missing skip (left out)"
         _refuse(
             set(references) - set(predictions), f"reference without a prediction in {predicted.name}", reference, remedy
         )
-    return [Pair(case, predictions.get(case), references[case]) for case in sorted(references)]
+    wanted = references.keys() & predictions.keys() if missing == "skip" else references.keys()
+    return [Pair(case, predictions.get(case), references[case]) for case in sorted(wanted)]
 
 
 def labels_of(predicted: Path, references: Sequence[Path]) -> Labels:

@@ -31,8 +31,9 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     cases = len(evaluation.cases)
     console.print(f"\n[bold]{cases} {'case' if cases == 1 else 'cases'}[/bold]  mean over cases, ± standard deviation")
     console.print(_class_table(evaluation, console.width))
+    distances = "HD95, ASD" if console.width >= WIDE else "HD95"
     console.print(
-        f"[dim]HD95, ASD in {unit}; NSD: surface Dice at {evaluation.tolerance_mm:g} {unit}; "
+        f"[dim]{distances} in {unit}; NSD: surface Dice at {evaluation.tolerance_mm:g} {unit}; "
         "ΔV/V: signed volume error.\n"
         "Missed and spurious structures count as the worst; those absent from both are left out.[/dim]"
     )

@@ -45,7 +45,8 @@ class TrainerConfig:
     """Time budget of the loop with its validations, in minutes; the schedule then runs over time. Whichever of both
     ends first counts."""
     num_validations: int = 10
-    """Validations on whole volumes, evenly spread over the training; the last one is at its end."""
+    """Validations on whole volumes, evenly spread over the training; the last one is at its end. Under a time budget
+    there are fewer where they would take more than a fifth of it."""
     patience: int | None = None
     """Stop early after this many validations without a better Dice; null never stops early."""
     foreground_share: float = 0.33

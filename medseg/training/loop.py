@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from medseg.inference.sliding_window import WindowConfig, autocast, memory_forma
 from medseg.losses import LOSSES
 from medseg.losses.deep_supervision import DeepSupervision
 from medseg.models import SegmentationModel
+from medseg.program import command
 from medseg.reports.overlay import figure_to_array, overlay_figure
 from medseg.training.experiment import Experiment
 from medseg.training.journal import DICE_PREFIX, Journal
@@ -32,6 +32,9 @@ from medseg.training.signals import StopSignals
 from medseg.training.state import Counters, resume_latest, save_best, save_latest
 from medseg.training.validation import validate
 from medseg.volume import Volume
+
+VALIDATION_SHARE = 0.2
+"""Largest share of a time budget that validations may take."""
 
 
 class Loop:
@@ -78,6 +81,7 @@ class Loop:
             # A larger budget moves the evenly spread validations: those due by now count as done.
             self.counters.validations = int(self.progress() * self.config.num_validations + 1e-9)
         self.last_dice = math.nan
+        self.validated_at, self.validation_seconds = time.monotonic(), 0.0
         self.saved_at = time.monotonic()
         fixed = [case.case_id for case in validation]
         self.shown = fixed[:: max(1, len(fixed) // self.config.overlay_cases)][: self.config.overlay_cases]
@@ -124,9 +128,8 @@ class Loop:
                     self.save()
             if stop.received is not None:
                 self.save()
-                again = shlex.quote(f"resume={self.run}")
                 journal.say(f"stopped by {stop.received.name} at step {self.counters.step}; go on with:")
-                journal.say(f"  medseg train {again}")
+                journal.say("  " + command("train", f"resume={self.run}"))
         stop.raise_received()
 
     def train_step(self, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -174,12 +177,19 @@ class Loop:
             )
 
     def is_time_to_validate(self) -> bool:
-        """Whether the next of the evenly spread validations is due."""
+        """Whether the next of the evenly spread validations is due.
+
+        Under a time budget slow validations are spaced out, so that they take at most `VALIDATION_SHARE` of it.
+        """
         due = (self.counters.validations + 1) / self.config.num_validations
+        rested = time.monotonic() - self.validated_at
+        if self.config.max_minutes is not None and rested < self.validation_seconds * (1 / VALIDATION_SHARE - 1):
+            return self.progress() >= 1
         return self.progress() >= min(due, 1.0)
 
     def validate(self, journal: Journal) -> None:
         """Whole volumes: record Dice and overlays, keep the best weights."""
+        started = time.monotonic()
         result, kept = validate(
             self.model, self.validation, self.plan.patch_size, self.labels, self.loss, self.window, keep=self.shown
         )
@@ -202,6 +212,8 @@ class Loop:
             f"{counters.minutes:6.1f} min  step {counters.step:>6}  validation Dice {result.mean:.4f}  ({shown}){mark}"
         )
         self.draw(journal, kept)
+        self.validated_at = time.monotonic()
+        self.validation_seconds = self.validated_at - started
 
     def draw(self, journal: Journal, kept: Mapping[str, np.ndarray]) -> None:
         """Overlays of the fixed validation cases, for TensorBoard."""

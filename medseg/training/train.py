@@ -16,6 +16,7 @@ from medseg.data.cases import Case
 from medseg.device import choose_device
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import memory_format
+from medseg.program import command
 from medseg.reports.curves import save_curves
 from medseg.reports.evaluation import Evaluation
 from medseg.reports.progress import counting_bar
@@ -108,8 +109,8 @@ def conclude(
     counters = loop.counters
     console.print(
         f"done: {counters.step} steps in {counters.minutes:.1f} min, best validation Dice {counters.best_dice:.4f}"
-        f" at step {counters.best_step}\nrun: {run}\nlook: tensorboard --logdir {run}\n"
-        f"use: medseg predict {run} SCAN -o FOLDER",
+        f" at step {counters.best_step}\nrun: {run}\nlook: {command('--logdir', run, program='tensorboard')}\n"
+        f"use: {command('predict', run)} SCAN -o FOLDER",
         highlight=False,
         soft_wrap=True,
     )

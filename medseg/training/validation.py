@@ -132,8 +132,12 @@ def _draw_extremes(
 ) -> None:
     dice = {case: value for case, value in evaluation.case_means("dice").items() if not np.isnan(value)}
     ranked = sorted(dice, key=lambda case: dice[case])
-    picks = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1} if ranked else {}
+    picks = {"worst": 0, "best": len(ranked) - 1, "median": len(ranked) // 2} if ranked else {}
+    drawn: set[int] = set()
     for name, index in picks.items():
+        if index in drawn:  # few cases: the median is one of the others
+            continue
+        drawn.add(index)
         case = cases[ranked[index]]
         image = load_image(case, channels=channels)
         save_overlay(
