@@ -44,7 +44,7 @@ class Journal:
         self.console = console
         self.path = run / HISTORY_FILE
         self.columns = ["step", "minutes", *columns]
-        kept = [row for row in read_history(self.path) if int(row["step"]) <= from_step]
+        kept = [row for row in _rows(self.path) if int(row["step"]) <= from_step]
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
             writer.writeheader()
@@ -109,7 +109,7 @@ def _tag(column: str) -> str:
     return {"train_loss": "loss/training", "val_loss": "loss/validation"}.get(column, f"training/{column}")
 
 
-def read_history(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path) -> list[dict[str, str]]:
     """Rows of a history.csv; [] if there is none."""
     if not path.is_file():
         return []
