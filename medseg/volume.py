@@ -10,12 +10,13 @@ Conventions, all in this one place:
 - **Spacing** is along the array's axes, in the array's order.
 - **Model order.** Networks see volumes in `MODEL_ORIENTATION`: axis 0 runs to the Superior, 1 to the Posterior, 2 to
   the Left, so `array[d]` is an axial slice that looks as radiologists look at it.
-- **Pictures** (PNG, TIFF) lie nowhere in a patient; their frame is `PIXEL_FRAME` and their spacing 1 pixel.
+- **Pictures** lie nowhere in a patient. Of PNG and TIFF the frame is `PIXEL_FRAME` and the spacing 1 pixel; of DICOM
+  images without a position (X-rays) it is `PLANE_FRAME` and mm in the image's own plane, where the header tells.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nibabel.orientations as nio
 import numpy as np
@@ -27,6 +28,8 @@ WORLD_FRAME = "RAS"
 """World coordinates of volumes: mm, +x Right, +y Anterior, +z Superior. NIfTI's frame, so most files need no change."""
 PIXEL_FRAME = "pixel"
 """Frame of pictures, which have no position in a patient; distances are in pixels."""
+PLANE_FRAME = "plane"
+"""Frame of pictures that know the size of their pixels but not their place: mm in the image's own plane."""
 MODEL_ORIENTATION = "SPL"
 """Axes of an array as networks see it: slices first, then rows downwards, then columns to the patient's left."""
 
@@ -45,8 +48,8 @@ class Grid:
 
     Args:
         shape: number of voxels along each array axis; 3 axes for volumes, 2 for pictures.
-        affine: (n+1, n+1) matrix from array indices to world coordinates (mm in `WORLD_FRAME`; pixels for pictures).
-        frame: `WORLD_FRAME` or `PIXEL_FRAME`.
+        affine: (n+1, n+1) matrix from array indices to world coordinates (mm; pixels for some pictures).
+        frame: `WORLD_FRAME`, `PLANE_FRAME` or `PIXEL_FRAME`.
     Raises:
         MedsegError: E_AFFINE if the affine has the wrong shape, is not finite or is singular;
             E_SHEAR if its axes are not perpendicular.
@@ -83,9 +86,16 @@ class Grid:
             )
 
     @classmethod
-    def of_picture(cls, shape: tuple[int, ...]) -> Grid:
-        """The grid of a picture: index space itself, in pixels."""
-        return cls(shape, np.eye(len(shape) + 1), PIXEL_FRAME)
+    def of_picture(cls, shape: tuple[int, ...], spacing_mm: tuple[float, ...] | None = None) -> Grid:
+        """The grid of a picture: index space itself, in pixels, or in mm where the size of a pixel is known."""
+        if spacing_mm is None:
+            return cls(shape, np.eye(len(shape) + 1), PIXEL_FRAME)
+        return cls(shape, np.diag([*spacing_mm, 1.0]), PLANE_FRAME)
+
+    @property
+    def is_picture(self) -> bool:
+        """True where the array has no position in a patient."""
+        return self.frame != WORLD_FRAME
 
     @property
     def ndim(self) -> int:
@@ -108,7 +118,7 @@ class Grid:
     @property
     def orientation(self) -> str:
         """The nearest anatomical direction of each array axis ("RAS", "SPL"); "" for pictures."""
-        if self.frame == PIXEL_FRAME:
+        if self.is_picture:
             return ""
         return "".join(nio.aff2axcodes(self.affine))
 
@@ -132,6 +142,8 @@ class Grid:
 
     def difference(self, other: Grid, tolerance_mm: float = GRID_TOLERANCE_MM) -> str | None:
         """What makes two grids different, in words; None if they are the same within `tolerance_mm`."""
+        if PIXEL_FRAME in (self.frame, other.frame) and self.is_picture and other.is_picture:
+            return None if self.shape == other.shape else f"shape {self.shape} against {other.shape}"
         if self.frame != other.frame:
             return f"frame {self.frame} against {other.frame}"
         if self.shape != other.shape:
@@ -167,7 +179,7 @@ class Grid:
 
     def _axes_to(self, orientation: str) -> FloatArray:
         """nibabel's orientation transform: row i = (new axis of array axis i, flip ±1)."""
-        if self.frame == PIXEL_FRAME:
+        if self.is_picture:
             return np.stack([np.arange(self.ndim), np.ones(self.ndim)], axis=1)
         return np.asarray(
             nio.ornt_transform(nio.io_orientation(self.affine), nio.axcodes2ornt(orientation)), dtype=np.float64
@@ -182,6 +194,8 @@ class Volume:
         array: shape (C, *grid.shape) for images, or grid.shape for label maps.
         grid: where its voxels lie.
         modality: "CT", "MR", "PT", ... where the file tells, else None.
+        notes: what whoever uses the voxels should know of how they came to be, one sentence each ("lossy JPEG 2000",
+            "resampled: gantry tilt of 18.5 degrees"); says nothing about the patient.
     Raises:
         MedsegError: E_GRID if the array does not fit the grid.
     """
@@ -189,6 +203,7 @@ class Volume:
     array: NDArray[np.generic]
     grid: Grid
     modality: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = self.grid.ndim
@@ -205,7 +220,7 @@ class Volume:
     def reoriented(self, orientation: str = MODEL_ORIENTATION) -> Volume:
         """Permute and flip the axes (a view, no copy) so that they run along `orientation`; pictures stay."""
         array = _apply_axes(self.array, self.grid._axes_to(orientation), self.grid.ndim)
-        return Volume(array, self.grid.reoriented(orientation), self.modality)
+        return replace(self, array=array, grid=self.grid.reoriented(orientation))
 
     def oriented_as(self, grid: Grid) -> Volume:
         """Permute and flip the axes back to those of `grid`: the inverse of `reoriented`.
@@ -213,11 +228,11 @@ class Volume:
         Raises:
             MedsegError: E_GRID if the result does not lie on `grid`.
         """
-        result = self if self.grid.frame == PIXEL_FRAME else self.reoriented(grid.orientation)
+        result = self if self.grid.is_picture else self.reoriented(grid.orientation)
         difference = result.grid.difference(grid)
         if difference is not None:
             raise MedsegError(Code.GRID, "the array does not lie on the grid asked for", got=difference)
-        return Volume(result.array, grid, self.modality)
+        return replace(self, array=result.array, grid=grid)
 
 
 def _apply_axes(array: NDArray[np.generic], axes: FloatArray, ndim: int) -> NDArray[np.generic]:

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless, generate_uid
 
 from medseg.errors import Code, MedsegError
-from medseg.formats import find_series, is_dicom, open_label, open_volume, read_grid
+from medseg.formats import STRICT, Reading, find_series, is_dicom, open_label, open_volume, read_grid
 from medseg.volume import GRID_TOLERANCE_MM
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -92,9 +92,9 @@ def setting(**tags: object) -> Callable[[Dataset, int], None]:
     return change
 
 
-def refused(path: Path, code: Code, **options: str) -> MedsegError:
+def refused(path: Path, code: Code, reading: Reading = STRICT) -> MedsegError:
     with pytest.raises(MedsegError) as caught:
-        open_volume(path, **options)
+        open_volume(path, reading)
     assert caught.value.code is code, caught.value
     assert CANARY not in str(caught.value)
     return caught.value
@@ -185,9 +185,9 @@ def test_several_series(tmp_path: Path) -> None:
     make(tmp_path, lambda ds, k: (only(0, 1, 2)(ds, k), setting(Modality="MR")(ds, k)), uid="4.5.6", name="b")
     error = refused(tmp_path, Code.MULTI_SERIES)
     assert "1.2.3 CT 6 slices 5 × 4" in str(error.got) and "4.5.6 MR 3 slices 5 × 4" in str(error.got)
-    assert open_volume(tmp_path, series="4.5.6").grid.shape[2] == 3
-    assert open_volume(tmp_path, series="4.5.6").modality == "MR"
-    refused(tmp_path, Code.MISSING, series="7.8.9")
+    assert open_volume(tmp_path, Reading(series="4.5.6")).grid.shape[2] == 3
+    assert open_volume(tmp_path, Reading(series="4.5.6")).modality == "MR"
+    refused(tmp_path, Code.MISSING, Reading(series="7.8.9"))
     infos = find_series(tmp_path)
     assert [(i.uid, i.modality, i.num_slices, i.shape) for i in infos] == [
         ("1.2.3", "CT", 6, (5, 4, 6)),

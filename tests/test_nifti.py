@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from medseg.errors import Code, MedsegError
-from medseg.formats import is_image_file, open_label, open_volume, read_grid, strip_suffix, write_image, write_label
+from medseg.formats import (
+    Reading,
+    is_image_file,
+    open_label,
+    open_volume,
+    read_grid,
+    strip_suffix,
+    write_image,
+    write_label,
+)
 from medseg.formats import nifti as nifti_module
 from medseg.volume import Grid, Volume
 
@@ -147,7 +156,9 @@ def test_fourth_dimension(tmp_path: Path) -> None:
     four = save(tmp_path / "b.nii.gz", values((*SHAPE, 3)))
     assert refused(four).code is Code.FOUR_D
     assert refused(four, open_label).code is Code.FOUR_D
-    np.testing.assert_array_equal(open_volume(four, channels=True).array, np.moveaxis(values((*SHAPE, 3)), -1, 0))
+    np.testing.assert_array_equal(
+        open_volume(four, Reading(channels=True)).array, np.moveaxis(values((*SHAPE, 3)), -1, 0)
+    )
     flat = save(tmp_path / "c.nii.gz", values((4, 6)))
     assert open_volume(flat).array.shape == (1, 4, 6, 1)
 
@@ -266,7 +277,7 @@ def test_rotations_near_180_degrees_survive(tmp_path: Path) -> None:
 def test_image_round_trip_with_channels(tmp_path: Path) -> None:
     array = np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32)
     write_image(tmp_path / "a.nii.gz", Volume(array, Grid(SHAPE, rotation())))
-    np.testing.assert_array_equal(open_volume(tmp_path / "a.nii.gz", channels=True).array, array)
+    np.testing.assert_array_equal(open_volume(tmp_path / "a.nii.gz", Reading(channels=True)).array, array)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ from medseg.data.manifest import is_manifest, read_dataset_json, read_manifest
 from medseg.errors import Code, MedsegError
 from medseg.formats import (
     IMAGE_SUFFIXES,
+    STRICT,
+    Reading,
     is_dicom,
     is_image_file,
     open_label,
@@ -40,7 +43,7 @@ from medseg.formats import (
     strip_suffix,
 )
 from medseg.labels import Labels
-from medseg.volume import PIXEL_FRAME, Grid, Volume
+from medseg.volume import Grid, Volume
 
 __all__ = ["Case", "DataFolder", "find_cases", "find_inputs", "load_image", "load_label"]
 
@@ -129,7 +132,9 @@ def find_inputs(
     return tuple(sorted(cases, key=lambda c: c.case_id))
 
 
-def load_image(case: Case, *, num_channels: int | None = None, channels: Sequence[str] | None = None) -> Volume:
+def load_image(
+    case: Case, *, num_channels: int | None = None, channels: Sequence[str] | None = None, reading: Reading = STRICT
+) -> Volume:
     """Open all channels of a case.
 
     Args:
@@ -137,6 +142,7 @@ def load_image(case: Case, *, num_channels: int | None = None, channels: Sequenc
         num_channels: how many channels there must be; where it is more than the files, 4D files hold channels.
         channels: their names instead: where all are "CT" (nnU-Net's convention) and the files do not tell a modality,
             as NIfTI does not, it is CT.
+        reading: what is asked of the readers beyond their strict defaults.
     Returns:
         float32, shape (C, *grid.shape), on the grid of the first file.
     Raises:
@@ -147,7 +153,7 @@ def load_image(case: Case, *, num_channels: int | None = None, channels: Sequenc
     as_channels = num_channels is not None and num_channels > len(case.images)
     volumes: list[Volume] = []
     for path in case.images:
-        volume = open_volume(path, channels=as_channels)
+        volume = open_volume(path, replace(reading, channels=as_channels))
         volumes.append(_onto(volume, volumes[0].grid, case, f"channel file {path.name}") if volumes else volume)
     first = volumes[0]
     array = first.array if len(volumes) == 1 else np.concatenate([v.array for v in volumes])
@@ -185,7 +191,7 @@ def load_label_values(case: Case, image_grid: Grid) -> Volume:
 
 def _onto(volume: Volume, grid: Grid, case: Case, what: str) -> Volume:
     """A volume in the axis order of `grid`: stored as RAS or LPS, the same voxels are the same grid."""
-    if volume.grid.ndim == grid.ndim == 3 and PIXEL_FRAME not in (volume.grid.frame, grid.frame):
+    if volume.grid.ndim == grid.ndim == 3 and not (volume.grid.is_picture or grid.is_picture):
         volume = volume.reoriented(grid.orientation)
     difference = grid.difference(volume.grid)
     if difference is None:
@@ -201,7 +207,7 @@ def _onto(volume: Volume, grid: Grid, case: Case, what: str) -> Volume:
 
 
 def _describe(grid: Grid) -> str:
-    if grid.frame == PIXEL_FRAME:
+    if grid.is_picture:
         return f"shape {grid.shape}"
     spacing = ", ".join(f"{s:.4g}" for s in grid.spacing_mm)
     origin = ", ".join(f"{o:.4g}" for o in grid.affine[:-1, -1])

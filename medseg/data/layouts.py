@@ -18,10 +18,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from medseg.errors import Code, MedsegError
-from medseg.formats import is_dicom, is_image_file, strip_suffix
+from medseg.formats import Source, is_dicom, is_image_file, strip_suffix
+
+if TYPE_CHECKING:
+    from medseg.formats.dicom.annotations import DrawnLabel
 
 T = TypeVar("T")
 
@@ -50,10 +53,10 @@ class Case:
 
     case_id: str
     """Name that is used in splits, tables, messages and names of output files."""
-    images: tuple[Path, ...]
-    """One or several files (or folders of a DICOM series) of one grid, each with at least one channel."""
-    label: Path | None
-    """The reference segmentation."""
+    images: tuple[Source, ...]
+    """One or several files (or DICOM series) of one grid, each with at least one channel."""
+    label: Path | DrawnLabel | None
+    """The reference segmentation: a file of labels, or structures of DICOM annotations."""
     patient: str | None = None
     """Who it is of, where a manifest says so: cases of one patient stay together in splits."""
     split: str | None = None

@@ -15,7 +15,7 @@ from medseg.data.plan import Plan
 from medseg.errors import Code, MedsegError
 from medseg.labels import Labels
 from medseg.resampling import resample, resample_labels
-from medseg.volume import PIXEL_FRAME, Grid, Volume
+from medseg.volume import Grid, Volume
 
 LOCATIONS_PER_CLASS = 10_000
 """Voxels of each class that are remembered for foreground sampling, drawn at random (as nnU-Net does)."""
@@ -61,7 +61,7 @@ def prepare_image(volume: Volume, plan: Plan) -> tuple[torch.Tensor, Grid]:
             got=f"{volume.array.shape[0]} channel(s), {volume.grid.ndim}D",
             remedy="give the same channels, in the same order, as the training cases had",
         )
-    oriented = volume if volume.grid.frame == PIXEL_FRAME else volume.reoriented(plan.orientation)
+    oriented = volume if volume.grid.is_picture else volume.reoriented(plan.orientation)
     grid = planned_grid(oriented.grid, plan)
     image = torch.from_numpy(np.ascontiguousarray(oriented.array, dtype=np.float32))
     image = _normalise(image, plan)
@@ -70,14 +70,14 @@ def prepare_image(volume: Volume, plan: Plan) -> tuple[torch.Tensor, Grid]:
 
 def prepare_label(label: Volume, plan: Plan, num_classes: int) -> torch.Tensor:
     """Orient and resample class indices to what the network sees: uint8 (*S')."""
-    oriented = label if label.grid.frame == PIXEL_FRAME else label.reoriented(plan.orientation)
+    oriented = label if label.grid.is_picture else label.reoriented(plan.orientation)
     indices = torch.from_numpy(np.ascontiguousarray(oriented.array, dtype=np.uint8))
     return resample_labels(indices, planned_grid(oriented.grid, plan).shape, num_classes)
 
 
 def planned_grid(grid: Grid, plan: Plan) -> Grid:
     """The plan's grid over the same box: as many voxels as come closest to the plan's spacing."""
-    if grid.frame == PIXEL_FRAME:
+    if grid.is_picture:
         return grid
     ratio = np.array(grid.spacing_mm) / np.array(plan.spacing_mm)
     shape = tuple(max(1, round(float(n * r))) for n, r in zip(grid.shape, ratio, strict=True))

@@ -7,18 +7,23 @@ Messages and logs name files without their folders: paths may hold patient names
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.content import Kind, is_dicom, kind_of
+from medseg.formats.reading import STRICT, Reading
 from medseg.labels import integer_values, smallest_integer_type
-from medseg.volume import PIXEL_FRAME, Grid, Volume
+from medseg.volume import Grid, Volume
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "STRICT",
+    "Reading",
+    "Source",
     "find_series",
     "is_dicom",
     "is_image_file",
@@ -33,7 +38,7 @@ __all__ = [
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from medseg.formats.dicom_files import SeriesInfo
+    from medseg.formats.dicom.files import SeriesInfo
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".hdr.gz", ".hdr", ".dcm", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".gif")
 """Endings of the files that are looked at as images, lower case. The .img of a pair is left out so that a pair counts
@@ -44,79 +49,76 @@ PICTURE_SUFFIXES = (".png", ".tif", ".tiff")
 PAIR_SUFFIXES = (".img.gz", ".img")
 
 
-def open_volume(path: Path, *, series: str | None = None, channels: bool = False) -> Volume:
+Source = Union[Path, "SeriesInfo"]
+"""Where an image or label is: a file, a folder or zip of one DICOM series, or a series as a search found it."""
+
+
+def open_volume(source: Source, reading: Reading = STRICT) -> Volume:
     """Read an image of any kind.
 
     Args:
-        path: a file, or a folder that holds the files of a DICOM series.
-        series: SeriesInstanceUID, where a folder holds several.
-        channels: True if the 4th dimension of a NIfTI file holds channels.
+        source: a file, a folder that holds the files of a DICOM series, or such a series.
+        reading: what is wanted beyond the strict defaults.
     Returns:
         float32 (C, *grid.shape), axes in the file's order (see `medseg.volume`).
     Raises:
         MedsegError: E_MISSING, E_UNSUPPORTED, E_NOT_DICOM, and what the readers refuse.
     """
-    path = Path(path)
-    kind = _kind(path)
-    if kind is Kind.DICOM:
-        from medseg.formats import dicom_series
+    if not isinstance(source, Path) or _kind(source, reading) is Kind.DICOM:
+        from medseg.formats.dicom import series
 
-        return dicom_series.read_series(path, series=series)
-    if kind is Kind.NIFTI:
+        return series.read_series(source, reading)
+    if _kind(source, reading) is Kind.NIFTI:
         from medseg.formats import nifti
 
-        return nifti.read_image(path, channels=channels)
+        return nifti.read_image(source, channels=reading.channels)
     from medseg.formats import picture
 
-    return picture.read_image(path)
+    return picture.read_image(source)
 
 
-def open_label(path: Path, *, series: str | None = None) -> Volume:
+def open_label(source: Source, reading: Reading = STRICT) -> Volume:
     """Read a label map of any kind: no channel axis, the file's own values and type.
 
     Whether the values are whole numbers is the business of `medseg.labels`.
 
     Args:
-        path: as in `open_volume`.
-        series: as in `open_volume`.
+        source: as in `open_volume`.
+        reading: as in `open_volume`.
     Raises:
         MedsegError: as `open_volume`; E_LABEL for coloured pictures; E_4D.
     """
-    path = Path(path)
-    kind = _kind(path)
-    if kind is Kind.DICOM:
-        from medseg.formats import dicom_series
+    if not isinstance(source, Path) or _kind(source, reading) is Kind.DICOM:
+        from medseg.formats.dicom import series
 
-        volume = dicom_series.read_series(path, series=series)
-        return Volume(volume.array[0], volume.grid, volume.modality)
-    if kind is Kind.NIFTI:
+        volume = series.read_series(source, reading)
+        return replace(volume, array=volume.array[0])
+    if _kind(source, reading) is Kind.NIFTI:
         from medseg.formats import nifti
 
-        return nifti.read_label(path)
+        return nifti.read_label(source)
     from medseg.formats import picture
 
-    return picture.read_label(path)
+    return picture.read_label(source)
 
 
-def read_grid(path: Path, *, series: str | None = None) -> Grid:
+def read_grid(source: Source, reading: Reading = STRICT) -> Grid:
     """The grid of an image or a label from its headers; no voxels are read.
 
     Raises:
         MedsegError: as `open_volume`, for what the headers tell.
     """
-    path = Path(path)
-    kind = _kind(path)
-    if kind is Kind.DICOM:
-        from medseg.formats import dicom_series
+    if not isinstance(source, Path) or _kind(source, reading) is Kind.DICOM:
+        from medseg.formats.dicom import series
 
-        return dicom_series.read_grid(path, series=series)
-    if kind is Kind.NIFTI:
+        return series.read_grid(source, reading)
+    if _kind(source, reading) is Kind.NIFTI:
         from medseg.formats import nifti
 
-        return nifti.read_grid(path)
+        return nifti.read_grid(source)
     from medseg.formats import picture
 
-    return picture.read_grid(path)
+    return picture.read_grid(source)
 
 
 def write_label(path: Path, label: Volume) -> None:
@@ -194,12 +196,12 @@ def find_series(folder: Path) -> list[SeriesInfo]:
     Returns:
         One entry per SeriesInstanceUID, sorted by it; empty if there is no DICOM image.
     """
-    from medseg.formats import dicom_files
+    from medseg.formats.dicom import files as dicom_files
 
     return dicom_files.find_series(Path(folder))
 
 
-def _kind(path: Path) -> Kind:
+def _kind(path: Path, reading: Reading) -> Kind:
     """What stands at a path.
 
     Raises:
@@ -244,7 +246,7 @@ def _kind(path: Path) -> Kind:
 def _written_kind(path: Path, volume: Volume) -> Kind:
     """The format that an ending asks for, if the volume fits it."""
     name = path.name.lower()
-    is_picture = volume.grid.frame == PIXEL_FRAME
+    is_picture = volume.grid.is_picture
     if name.endswith(NIFTI_SUFFIXES):
         if is_picture or volume.grid.ndim != 3:
             raise MedsegError(

@@ -14,7 +14,7 @@ from medseg.formats import write_label
 from medseg.formats.atomic import whole_file
 from medseg.inference.predictor import Predictor
 from medseg.labels import TABLE_FILE, Labels
-from medseg.volume import PIXEL_FRAME, Volume
+from medseg.volume import Volume
 
 PREVIEW_FOLDER = "previews"
 """Below the label files: pictures beside them would be taken for label files by whoever reads the folder."""
@@ -90,7 +90,7 @@ def predict_inputs(
 
 def label_name(case_id: str, image: Volume) -> str:
     """Name of a case's label file: NIfTI for volumes, PNG for pictures."""
-    return f"{case_id}.png" if image.grid.frame == PIXEL_FRAME else f"{case_id}.nii.gz"
+    return f"{case_id}.png" if image.grid.is_picture else f"{case_id}.nii.gz"
 
 
 def write_predictions_table(folder: Path, labels: Labels) -> None:
@@ -101,5 +101,5 @@ def write_predictions_table(folder: Path, labels: Labels) -> None:
 
 def _shape(label: Volume) -> str:
     spacing = "×".join(f"{s:.3g}" for s in label.grid.spacing_mm)
-    unit = "px" if label.grid.frame == PIXEL_FRAME else "mm"
+    unit = "px" if label.grid.is_picture else "mm"
     return f"{'×'.join(str(s) for s in label.grid.shape)} at {spacing} {unit}, {label.array.dtype}"

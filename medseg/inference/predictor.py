@@ -13,7 +13,7 @@ from medseg.device import choose_device, choose_precision
 from medseg.errors import Code, MedsegError
 from medseg.inference.sliding_window import WindowConfig, memory_format, sliding_window_logits
 from medseg.resampling import resample_argmax
-from medseg.volume import PIXEL_FRAME, Volume
+from medseg.volume import Volume
 
 
 class Predictor:
@@ -79,7 +79,7 @@ class Predictor:
         """
         plan = self.bundle.info.plan
         image, grid = prepare_image(volume, plan)
-        oriented = volume.grid if grid.frame == PIXEL_FRAME else volume.grid.reoriented(plan.orientation)
+        oriented = volume.grid if grid.is_picture else volume.grid.reoriented(plan.orientation)
         indices = resample_argmax(self.logits(image), oriented.shape).cpu().numpy()
         return Volume(indices, oriented).oriented_as(volume.grid)
 

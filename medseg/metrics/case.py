@@ -12,7 +12,7 @@ from scipy import ndimage
 from medseg.errors import Code, MedsegError
 from medseg.metrics.masks import ClassMasks, Mask, State
 from medseg.metrics.metric import metrics
-from medseg.volume import PIXEL_FRAME, Grid
+from medseg.volume import Grid
 
 DEFAULT_TOLERANCE_MM = 2.0
 """What the surface Dice forgives unless told otherwise, in mm (in pixels for pictures)."""
@@ -85,7 +85,7 @@ def class_masks(
     """The masks of the foreground classes one after the other; the arguments are those of `measure_case`."""
     counts = confusion(predicted, reference, num_classes)
     boxes = [ndimage.find_objects(array, max_label=num_classes - 1) for array in (predicted, reference)]
-    volume = float(np.prod(grid.spacing_mm)) / (1.0 if grid.frame == PIXEL_FRAME else MM3_PER_ML)
+    volume = float(np.prod(grid.spacing_mm)) / (1.0 if grid.is_picture else MM3_PER_ML)
     diagonal = float(np.linalg.norm(np.multiply(grid.shape, grid.spacing_mm)))
     deep = [axis for axis, size in enumerate(grid.shape) if size > 1] or [0]
     flat = tuple(axis for axis in range(grid.ndim) if axis not in deep)

@@ -23,20 +23,20 @@ from typing import Literal
 from medseg.errors import Code, MedsegError, nearest
 from medseg.metrics.masks import ClassMasks, State
 from medseg.registry import PLUGIN_GROUP
-from medseg.volume import PIXEL_FRAME
+from medseg.volume import PIXEL_FRAME, PLANE_FRAME, WORLD_FRAME
 
 Dimension = Literal["ratio", "length", "volume"]
 MetricFunction = Callable[[ClassMasks], float]
 
-_UNITS: dict[tuple[Dimension, bool], str] = {
-    ("ratio", False): "",
-    ("ratio", True): "",
-    ("length", False): "mm",
-    ("length", True): "px",
-    ("volume", False): "ml",
-    ("volume", True): "px",
+_UNITS: dict[tuple[Dimension, str], str] = {
+    ("length", WORLD_FRAME): "mm",
+    ("length", PLANE_FRAME): "mm",
+    ("length", PIXEL_FRAME): "px",
+    ("volume", WORLD_FRAME): "ml",
+    ("volume", PLANE_FRAME): "mm2",
+    ("volume", PIXEL_FRAME): "px",
 }
-"""(dimension, is it a picture) → unit; the "volume" of a picture is its number of pixels."""
+"""(dimension, frame) → unit; the "volume" of a picture is its area."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Metric:
         return math.nan if masks.state is State.ABSENT else float(self.function(masks))
 
     def unit(self, frame: str) -> str:
-        """ "mm", "ml", "px" or "" for a grid of this frame."""
-        return _UNITS[self.dimension, frame == PIXEL_FRAME]
+        """ "mm", "ml", "mm2", "px" or "" for a grid of this frame."""
+        return _UNITS.get((self.dimension, frame), "")
 
     def column(self, frame: str) -> str:
         """The name with its unit, as in tables ("hd95_mm")."""

@@ -31,7 +31,7 @@ from medseg.metrics.case import DEFAULT_TOLERANCE_MM, measure_case
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric, metrics
 from medseg.reports.pairs import MissingPolicy, Pair, labels_of, match_pairs
-from medseg.volume import WORLD_FRAME, Grid, Volume
+from medseg.volume import PIXEL_FRAME, WORLD_FRAME, Grid, Volume
 
 FOREGROUND = "(foreground)"
 """The row of the summary that is the mean over the foreground classes; no class can be meant by it."""
@@ -113,7 +113,7 @@ class Evaluation:
         rows: one per case and foreground class.
         labels: the classes.
         tolerance_mm: what the surface Dice forgave (pixels for pictures).
-        frame: of the cases' grids: `WORLD_FRAME` (mm, ml) or `PIXEL_FRAME` (pixels).
+        frame: of the cases' grids: `WORLD_FRAME` (mm, ml), `PLANE_FRAME` (mm) or `PIXEL_FRAME` (pixels).
     """
 
     rows: tuple[Row, ...]
@@ -190,7 +190,7 @@ class Evaluation:
         """Everything as plain values: definitions, versions, summary and rows; NaN becomes None."""
         columns = {m.name: m.column(self.frame) for m in self.metrics}
         return {
-            "tolerance_mm" if self.frame == WORLD_FRAME else "tolerance_px": self.tolerance_mm,
+            "tolerance_px" if self.frame == PIXEL_FRAME else "tolerance_mm": self.tolerance_mm,
             "labels": self.labels.to_json(),
             "num_cases": len(self.cases),
             "definitions": {columns[m.name]: inspect.getdoc(m.function) or "" for m in self.metrics},
@@ -349,7 +349,7 @@ def _aligned(predicted: Volume, grid: Grid, case: str) -> Volume:
 
 def _describe(grid: Grid) -> str:
     spacing = " × ".join(f"{s:.4g}" for s in grid.spacing_mm)
-    if grid.frame != WORLD_FRAME:
+    if grid.is_picture:
         return f"picture of shape {grid.shape}"
     return f"shape {grid.shape}, spacing {spacing} mm, orientation {grid.orientation}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.volume import MODEL_ORIENTATION, PIXEL_FRAME, Grid, Volume
+from medseg.volume import MODEL_ORIENTATION, Grid, Volume
 
 WINDOW_PERCENTILES = (0.5, 99.5)
 """Intensities from black to white, so that a few bright voxels do not darken the rest."""
@@ -87,7 +87,7 @@ def views_of(
     Returns:
         The axial, coronal and sagittal slice (those that are more than a line), or the picture.
     """
-    if image.grid.frame == PIXEL_FRAME:
+    if image.grid.is_picture:
         return [_picture_view(image, reference, predicted)]
     case = _Case.of(image, reference, predicted, leading)
     shape = case.image.shape
@@ -111,7 +111,7 @@ def slice_views(
         leading: the mask that settles the window of a CT.
         indices: along `slice_axis`, in `MODEL_ORIENTATION`; a picture is its own only slice.
     """
-    if image.grid.frame == PIXEL_FRAME:
+    if image.grid.is_picture:
         return [_picture_view(image, reference, predicted) for _ in indices]
     case = _Case.of(image, reference, predicted, leading)
     plane = _PLANES[slice_axis(image.grid)]

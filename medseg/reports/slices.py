@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medseg.labels import Labels
 from medseg.reports.overlay import FALSE_NEGATIVE, FALSE_POSITIVE, OTHER_CLASS
 from medseg.reports.planes import slice_axis
-from medseg.volume import MODEL_ORIENTATION, PIXEL_FRAME, Volume
+from medseg.volume import MODEL_ORIENTATION, Volume
 
 APART_MM = 10.0
 """Slices closer than this mostly show one and the same error."""
@@ -56,7 +56,7 @@ class SliceErrors:
         """
         if predicted.grid.difference(reference.grid) is not None:
             predicted = predicted.oriented_as(reference.grid)
-        is_picture = reference.grid.frame == PIXEL_FRAME
+        is_picture = reference.grid.is_picture
         axis = 0 if is_picture else slice_axis(reference.grid)
 
         def as_slices(mask: Volume) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric
 from medseg.reports.evaluation import FOREGROUND, Evaluation, Summary
-from medseg.volume import WORLD_FRAME
+from medseg.volume import PIXEL_FRAME
 
 COLUMNS = ("dice", "iou", "sensitivity", "precision", "hd95", "asd", "surface_dice", "relative_volume_error")
 """The metrics on the terminal; the files hold all."""
@@ -27,7 +27,7 @@ UNDEFINED = "–"
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the means per class with the counts of empty masks, then the worst cases."""
-    unit = "mm" if evaluation.frame == WORLD_FRAME else "px"
+    unit = "px" if evaluation.frame == PIXEL_FRAME else "mm"
     cases = len(evaluation.cases)
     console.print(f"\n[bold]{cases} {'case' if cases == 1 else 'cases'}[/bold]  mean over cases, ± standard deviation")
     console.print(_class_table(evaluation, console.width))

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
-from medseg.formats.dicom_files import SPLIT_TAGS, Slice, describe, find_files, number, read_slices
-from medseg.formats.dicom_pixels import read_pixels
+from medseg.formats.dicom.files import SPLIT_TAGS, SeriesInfo, Slice, describe, find_files, number, read_slices
+from medseg.formats.dicom.pixels import read_pixels
 from medseg.formats.limits import check_size
+from medseg.formats.reading import STRICT, Reading
 from medseg.volume import SHEAR_TOLERANCE, Grid, Volume
 
 logger = logging.getLogger(__name__)
@@ -40,18 +41,18 @@ MAX_SLICE_PIXELS = 2**28
 """Largest slice that is decoded (16384 × 16384)."""
 
 
-def read_series(path: Path, *, series: str | None = None) -> Volume:
-    """Read the series in a folder.
+def read_series(source: Path | SeriesInfo, reading: Reading = STRICT) -> Volume:
+    """Read a series.
 
     Args:
-        path: the folder, or a single file.
-        series: SeriesInstanceUID, needed where there are several.
+        source: a folder, a single file, or a series as `medseg.formats.dicom.files.find_series` found it.
+        reading: `series` is needed where there are several.
     Returns:
         float32 (1, columns, rows, slices); the grid in RAS+ mm; the modality.
     Raises:
         MedsegError: see `read_stack`; and E_PHOTOMETRIC, E_CODEC, E_TRUNCATED.
     """
-    stack, grid = read_stack(path, series)
+    stack, grid = read_stack(source, reading)
     columns, rows, count = grid.shape
     buffer = np.empty((count, rows, columns), dtype=np.float32)
     for index, item in enumerate(stack):
@@ -59,19 +60,20 @@ def read_series(path: Path, *, series: str | None = None) -> Volume:
     return Volume(buffer.transpose(2, 1, 0)[None], grid, stack[0].modality or None)
 
 
-def read_grid(path: Path, *, series: str | None = None) -> Grid:
-    """The grid of the series in a folder, from its headers. Raises as `read_stack`."""
-    return read_stack(path, series)[1]
+def read_grid(source: Path | SeriesInfo, reading: Reading = STRICT) -> Grid:
+    """The grid of a series, from its headers. Raises as `read_stack`."""
+    return read_stack(source, reading)[1]
 
 
-def read_stack(path: Path, series: str | None) -> tuple[list[Slice], Grid]:
+def read_stack(source: Path | SeriesInfo, reading: Reading) -> tuple[list[Slice], Grid]:
     """The slices of a series in spatial order and their grid; pixels are read only to compare slices at one position.
 
     Raises:
         MedsegError: E_NOT_DICOM, E_MULTI_SERIES, E_MISSING (no such series), E_UNSUPPORTED (multi-frame), E_MIXED,
             E_NO_GEOMETRY, E_DUPLICATE, E_GAP, E_SPACING, E_TILT, E_SHEAR, E_AFFINE, E_LIMIT, E_TRUNCATED.
     """
-    slices = _select(path, series)
+    path = source if isinstance(source, Path) else Path(source.name)
+    slices = _select(path, reading.series) if isinstance(source, Path) else read_slices(list(source.files))
     multi_frame = next((s for s in slices if s.is_multi_frame), None)
     if multi_frame is not None:
         raise MedsegError(

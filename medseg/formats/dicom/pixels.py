@@ -20,7 +20,7 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import UID
 
 from medseg.errors import Code, MedsegError
-from medseg.formats.dicom_files import Slice, number
+from medseg.formats.dicom.files import Slice, number
 
 PIXEL_TAGS = (
     "Rows",

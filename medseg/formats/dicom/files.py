@@ -114,6 +114,11 @@ class SeriesInfo:
     files: tuple[Path, ...]
     """The image files, sorted by name."""
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its UID, since the names of its files and folders may hold the patient's."""
+        return self.uid
+
     def __str__(self) -> str:
         size = " × ".join(str(n) for n in self.shape[:2])
         return f"{self.uid} {self.modality or '?'} {self.num_slices} slices {size}"
