@@ -59,3 +59,13 @@ class Annotation:
     """Its own SeriesInstanceUID."""
     detail: str = ""
     """What more there is to say in a table: "BINARY", "FRACTIONAL PROBABILITY", "LABELMAP"."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Who drew structures, as written files say it."""
+
+    name: str
+    """The model ("medseg unet"); "manual" for what people drew."""
+    version: str
+    automatic: bool = True
