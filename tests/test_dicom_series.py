@@ -5,105 +5,42 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import nibabel as nib
+import highdicom
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, RLELossless, generate_uid
+from dicom_images import (
+    ALONG_ROW,
+    CANARY,
+    COLUMNS,
+    DOWN_COLUMN,
+    NORMAL,
+    ORIGIN,
+    PIXELS,
+    ROWS,
+    SLICES,
+    STEP,
+    digits,
+    expected_world,
+    make,
+    moved,
+    only,
+    refused,
+    setting,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from scipy.spatial.transform import Rotation
 
-from medseg.errors import Code, MedsegError
-from medseg.formats import STRICT, Reading, find_series, is_dicom, open_label, open_volume, read_grid
-from medseg.volume import GRID_TOLERANCE_MM
+from medseg.errors import Code
+from medseg.formats import Reading, find_series, open_label, open_volume, read_grid
+from medseg.formats.dicom import files
+from medseg.formats.dicom.series import assess, series_files
+from medseg.phantom import write_dicom_series
+from medseg.volume import Grid, Volume
 
-CT = "1.2.840.10008.5.1.4.1.1.2"
-ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
 SEG = "1.2.840.10008.5.1.4.1.1.66.4"
-COLUMNS, ROWS, SLICES = 5, 4, 6
-PIXEL_SPACING = (1.5, 0.8)  # between rows, between columns
-STEP = 2.5
-ORIGIN = np.array([11.0, -23.0, 37.0])
-CANARY = "CanaryPatient"
-
-rotation, _ = np.linalg.qr(np.array([[1, 0.3, -0.2], [-0.25, 1, 0.35], [0.1, -0.4, 1]]))
-ALONG_ROW, DOWN_COLUMN = rotation[:, 0], rotation[:, 1]
-NORMAL = np.cross(ALONG_ROW, DOWN_COLUMN)
-PIXELS = np.random.default_rng(0).integers(0, 4000, (SLICES, ROWS, COLUMNS)).astype(np.uint16)
-
-
-def make(
-    folder: Path, change: Callable[[Dataset, int], None] | None = None, *, uid: str = "1.2.3", name: str = "s"
-) -> list[Path]:
-    """A series of SLICES oblique slices; `change` may alter (or, by setting `skip`, leave out) each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for k in range(SLICES):
-        meta = FileMetaDataset()
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        meta.MediaStorageSOPClassUID = CT
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-        ds.SOPClassUID, ds.SOPInstanceUID = CT, meta.MediaStorageSOPInstanceUID
-        ds.PatientName, ds.PatientID, ds.SeriesDescription = CANARY, CANARY, CANARY
-        ds.SeriesInstanceUID, ds.Modality, ds.InstanceNumber = uid, "CT", k + 1
-        ds.ImagePositionPatient = digits(ORIGIN + k * STEP * NORMAL)
-        ds.ImageOrientationPatient = digits([*ALONG_ROW, *DOWN_COLUMN])
-        ds.PixelSpacing, ds.SliceThickness = list(PIXEL_SPACING), 3.0
-        ds.Rows, ds.Columns, ds.SamplesPerPixel = ROWS, COLUMNS, 1
-        ds.PhotometricInterpretation = "MONOCHROME2"
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
-        ds.PixelData = PIXELS[k].tobytes()
-        if change is not None:
-            change(ds, k)
-        if not getattr(ds, "skip", False):
-            paths.append(folder / f"{name}{k:02d}.dcm")
-            ds.save_as(paths[-1], enforce_file_format=True)
-    return paths
-
-
-def digits(numbers: object) -> list[str]:
-    """Decimal strings have at most 16 characters."""
-    return [f"{n:.10f}"[:16] for n in np.asarray(numbers)]
-
-
-def position(ds: Dataset) -> np.ndarray:
-    return np.array([float(v) for v in ds.ImagePositionPatient])
-
-
-def moved(offset: Callable[[int], np.ndarray]) -> Callable[[Dataset, int], None]:
-    def change(ds: Dataset, k: int) -> None:
-        ds.ImagePositionPatient = digits(position(ds) + offset(k))
-
-    return change
-
-
-def only(*kept: int) -> Callable[[Dataset, int], None]:
-    def change(ds: Dataset, k: int) -> None:
-        ds.skip = k not in kept
-
-    return change
-
-
-def setting(**tags: object) -> Callable[[Dataset, int], None]:
-    def change(ds: Dataset, k: int) -> None:
-        for tag, value in tags.items():
-            setattr(ds, tag, value)
-
-    return change
-
-
-def refused(path: Path, code: Code, reading: Reading = STRICT) -> MedsegError:
-    with pytest.raises(MedsegError) as caught:
-        open_volume(path, reading)
-    assert caught.value.code is code, caught.value
-    assert CANARY not in str(caught.value)
-    return caught.value
-
-
-def expected_world(i: int, j: int, k: int) -> np.ndarray:
-    """RAS+ mm of a voxel, written out from the standard: PixelSpacing[0] is between rows."""
-    lps = ORIGIN + i * PIXEL_SPACING[1] * ALONG_ROW + j * PIXEL_SPACING[0] * DOWN_COLUMN + k * STEP * NORMAL
-    return lps * (-1, -1, 1)
 
 
 def test_oblique_series_lies_where_the_standard_says(tmp_path: Path) -> None:
@@ -236,45 +173,6 @@ def test_no_geometry(tmp_path: Path, tag: str) -> None:
     assert tag in str(refused(tmp_path, Code.NO_GEOMETRY).expected)
 
 
-def test_rescale_is_per_slice_and_monochrome1_is_inverted(tmp_path: Path) -> None:
-    make(tmp_path / "pet", lambda ds, k: setting(RescaleSlope=k + 0.5, RescaleIntercept=-k)(ds, k))
-    k = np.arange(SLICES)
-    np.testing.assert_allclose(
-        open_volume(tmp_path / "pet").array[0], PIXELS.transpose(2, 1, 0) * (k + 0.5) - k, rtol=1e-6
-    )
-    make(
-        tmp_path / "inverted",
-        setting(PhotometricInterpretation="MONOCHROME1", RescaleSlope=2, RescaleIntercept=-10),
-    )
-    inverted = open_volume(tmp_path / "inverted").array[0]
-    np.testing.assert_array_equal(inverted, 2 * (4095 - PIXELS.astype(float).transpose(2, 1, 0)) - 10)
-
-
-def test_rescale_that_is_no_number(tmp_path: Path) -> None:
-    for path in make(tmp_path, setting(RescaleSlope="1.25", RescaleIntercept="")):
-        path.write_bytes(path.read_bytes().replace(b"1.25", b"nan "))
-    assert "RescaleSlope" in str(refused(tmp_path, Code.TRUNCATED).got)
-    for path in tmp_path.iterdir():
-        path.write_bytes(path.read_bytes().replace(b"nan ", b"abc "))
-    assert "RescaleSlope" in str(refused(tmp_path, Code.TRUNCATED).got)
-
-
-def test_signed_values_with_junk_in_the_high_bits(tmp_path: Path) -> None:
-    signed = np.random.default_rng(2).integers(-2048, 2048, (ROWS, COLUMNS))
-    stored = ((signed & 0x0FFF) | 0x5000).astype(np.uint16)
-    make(tmp_path, setting(PixelRepresentation=1, PixelData=stored.tobytes()))
-    np.testing.assert_array_equal(open_volume(tmp_path).array[0, :, :, 0], signed.T)
-
-
-def test_colour_and_multi_frame(tmp_path: Path) -> None:
-    rgb = setting(SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0, PixelData=bytes(120),
-                  BitsAllocated=8, BitsStored=8, HighBit=7)  # fmt: skip
-    make(tmp_path / "rgb", rgb)
-    refused(tmp_path / "rgb", Code.PHOTOMETRIC)
-    make(tmp_path / "frames", lambda ds, k: (only(0)(ds, k), setting(NumberOfFrames=4, SOPClassUID=ENHANCED_MR)(ds, k)))
-    refused(tmp_path / "frames", Code.UNSUPPORTED)
-
-
 def test_other_objects_and_other_files_are_not_images(tmp_path: Path) -> None:
     make(tmp_path)
     make(tmp_path, lambda ds, k: (only(0)(ds, k), setting(SOPClassUID=SEG, Modality="SEG")(ds, k)), uid="9", name="seg")
@@ -282,58 +180,6 @@ def test_other_objects_and_other_files_are_not_images(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert open_volume(tmp_path).grid.shape == (COLUMNS, ROWS, SLICES)
     assert len(find_series(tmp_path)) == 1
-
-
-def test_nested_folders_only_below_an_empty_one(tmp_path: Path) -> None:
-    make(tmp_path / "study äß 中 ;$()" / "series")
-    assert open_volume(tmp_path / "study äß 中 ;$()").grid.shape[2] == SLICES
-    make(tmp_path / "study äß 中 ;$()", uid="5")
-    assert [info.uid for info in find_series(tmp_path / "study äß 中 ;$()")] == ["5"]
-
-
-def test_nothing_to_read(tmp_path: Path) -> None:
-    refused(tmp_path, Code.NOT_DICOM)
-    (tmp_path / "a.dcm").write_bytes(b"\0" * 400)
-    assert not is_dicom(tmp_path / "a.dcm")
-    refused(tmp_path / "a.dcm", Code.NOT_DICOM)
-    (tmp_path / "loop").symlink_to(tmp_path)
-    refused(tmp_path, Code.NOT_DICOM)
-
-
-def test_truncated_files(tmp_path: Path) -> None:
-    whole = make(tmp_path)[3]
-    data = whole.read_bytes()
-    for keep in (140, 300, len(data) // 2, len(data) - 20, len(data) - 2):
-        whole.write_bytes(data[:keep])
-        refused(tmp_path, Code.TRUNCATED)
-
-
-def test_absurd_sizes(tmp_path: Path) -> None:
-    make(tmp_path, setting(Rows=65535, Columns=65535))
-    refused(tmp_path, Code.LIMIT)
-    make(tmp_path, setting(Rows=12000, Columns=12000))
-    refused(tmp_path, Code.LIMIT)
-
-
-def test_compressed(tmp_path: Path) -> None:
-    for path in make(tmp_path):
-        ds = pydicom.dcmread(path)
-        ds.compress(RLELossless)
-        ds.save_as(path)
-    np.testing.assert_array_equal(open_volume(tmp_path).array[0], PIXELS.transpose(2, 1, 0))
-
-
-def test_missing_codec_names_syntax_and_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pydicom.pixels.decoders.base import Decoder
-
-    for path in make(tmp_path):
-        ds = pydicom.dcmread(path)
-        ds.compress(RLELossless)
-        ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
-        ds.save_as(path)
-    monkeypatch.setattr(Decoder, "is_available", False)
-    error = refused(tmp_path, Code.CODEC)
-    assert "JPEG Lossless" in str(error.got) and "pylibjpeg" in str(error.remedy)
 
 
 def test_single_slice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -359,43 +205,153 @@ def test_nothing_about_the_patient_is_logged(tmp_path: Path, caplog: pytest.LogC
     assert caplog.records and CANARY not in caplog.text
 
 
-@pytest.mark.data
-@pytest.mark.parametrize(
-    "case",
-    ["ge/anatomical", "generic/anatomical", "siemens/anatomical", "philips/anatomical", "generic/compressed_rle"],
+def test_a_tree_with_one_series_is_read_at_any_depth(tmp_path: Path) -> None:
+    root = tmp_path / "study äß 中 ;$()"
+    make(root / "a" / "b c" / "series")
+    np.testing.assert_array_equal(open_volume(root).array[0], PIXELS.transpose(2, 1, 0))
+    make(root, uid="5")
+    assert [info.uid for info in find_series(root)] == ["1.2.3", "5"]
+    assert refused(root, Code.MULTI_SERIES).remedy == "pick one with --series UID (Reading.series)"
+    assert open_volume(root, Reading(series="5")).grid.shape[2] == SLICES
+
+
+def test_a_missing_end_is_noted(tmp_path: Path) -> None:
+    make(tmp_path / "a", only(2, 3, 4, 5))
+    (note,) = open_volume(tmp_path / "a").notes
+    assert "InstanceNumber runs from 3 to 6" in note
+    make(tmp_path / "b", lambda ds, k: (only(0, 1, 2, 3, 4)(ds, k), setting(ImagesInAcquisition=SLICES)(ds, k)))
+    (note,) = open_volume(tmp_path / "b").notes
+    assert "5 of 6" in note
+    make(tmp_path / "c", setting(ImagesInAcquisition=SLICES))
+    assert open_volume(tmp_path / "c").notes == ()
+
+
+def test_two_slices_are_a_volume_with_a_warning(tmp_path: Path) -> None:
+    make(tmp_path, only(0, 1))
+    volume = open_volume(tmp_path)
+    assert volume.grid.shape == (COLUMNS, ROWS, 2) and volume.grid.spacing_mm[2] == pytest.approx(STEP)
+    assert len(volume.notes) == 1 and "only two slices" in volume.notes[0]
+
+
+def test_another_frame_of_reference_does_not_fit(tmp_path: Path) -> None:
+    make(tmp_path, lambda ds, k: setting(FrameOfReferenceUID="1.2.9" if k < 4 else "1.2.8")(ds, k))
+    refused(tmp_path, Code.MIXED)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    angles=st.tuples(*[st.floats(-180, 180)] * 3),
+    spacing=st.tuples(*[st.floats(0.3, 6)] * 3),
+    shape=st.tuples(*[st.integers(2, 7)] * 3),
+    seed=st.integers(0, 2**16),
 )
-def test_real_series_match_their_nifti(real_data: Path, case: str) -> None:
-    folder = real_data / "dicom" / "series" / "dicom2nifti_cases" / case
-    volume, expected = open_volume(folder / "001"), nib.load(folder / "001_ground_truth.nii.gz")
-    voxels = np.stack(np.indices(expected.shape), axis=-1).reshape(-1, 3)
-    world = voxels @ expected.affine[:3, :3].T + expected.affine[:3, 3]
-    index = np.rint(volume.grid.to_index(world)).astype(int)
-    assert np.linalg.norm(volume.grid.to_world(index) - world, axis=1).max() <= 1e-3 < GRID_TOLERANCE_MM
-    np.testing.assert_array_equal(volume.array[0][tuple(index.T)], np.asanyarray(expected.dataobj).reshape(-1))
+def test_any_orientation_lies_where_highdicom_and_the_writer_say(
+    tmp_path_factory: pytest.TempPathFactory,
+    angles: tuple[float, float, float],
+    spacing: tuple[float, float, float],
+    shape: tuple[int, int, int],
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ np.diag(spacing)
+    affine[:3, 3] = rng.uniform(-200, 200, 3)
+    written = Volume(rng.integers(-1000, 2000, (1, *shape)), Grid(shape, affine))
+    folder = tmp_path_factory.mktemp("series")
+    paths = write_dicom_series(folder, written)
+    volume = open_volume(folder)
+    weights = np.abs(written.array[0].astype(float))
+    centroid = affine[:3, :3] @ centre(weights) + affine[:3, 3]
+    np.testing.assert_allclose(volume.grid.to_world(centre(np.abs(volume.array[0]))), centroid, atol=1e-3)
+    oracle = highdicom.get_volume_from_series([pydicom.dcmread(p) for p in paths])
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    theirs = [  # highdicom's axes are (slice, row, column), from either end; its world is LPS
+        (np.c_[np.abs(corners[:, 2] - last), corners[:, 1], corners[:, 0], np.ones(8)] @ oracle.affine.T)[:, :3]
+        for last in (0, shape[2] - 1)
+    ]
+    ours = volume.grid.to_world(corners) * (-1, -1, 1)
+    assert min(np.abs(ours - t).max() for t in theirs) < 1e-3
 
 
-@pytest.mark.data
-@pytest.mark.parametrize(
-    ("case", "code"),
-    [
-        ("dicom2nifti_cases/failing/gantrytilting/001", Code.TILT),
-        ("dicom2nifti_cases/failing/notavolume/001", Code.DUPLICATE),
-        ("dicom2nifti_cases/failing/sliceincrement/001", Code.GAP),
-        ("dicom2nifti_cases/failing/sliceincrement/002", Code.GAP),
-        ("dicom2nifti_cases/failing/sliceorientation/001", Code.MIXED),
-        ("dicom2nifti_cases/generic/rgb/001", Code.PHOTOMETRIC),
-        ("dicom2nifti_cases/philips_enhanced/anatomical/001", Code.UNSUPPORTED),
-        ("dcm_qa_ct/GE", Code.SPACING),
-        ("dcm_qa_enh/In/Siemens/XA10", Code.UNSUPPORTED),
-    ],
-)
-def test_real_series_that_are_refused(real_data: Path, case: str, code: Code) -> None:
-    refused(real_data / "dicom" / "series" / case, code)
+def centre(weights: np.ndarray) -> np.ndarray:
+    index = np.indices(weights.shape).reshape(3, -1)
+    return index @ weights.reshape(-1) / weights.sum()
 
 
-@pytest.mark.data
-def test_real_crops_are_read(real_data: Path) -> None:
-    for study, shape in (("Study1", (35, 51, 32)), ("Study2", (36, 48, 35))):
-        volume = open_volume(real_data / "dicom" / "series" / "hippocrop_dicom" / study)
-        assert volume.grid.shape == shape and volume.modality == "MR"
-        np.testing.assert_allclose(volume.grid.spacing_mm, 1)
+def test_scan_tells_what_lies_in_a_tree(tmp_path: Path) -> None:
+    make(tmp_path / "images")
+    other = {
+        "seg": (SEG, "SEG"),
+        "map": ("1.2.840.10008.5.1.4.1.1.66.7", "SEG"),
+        "struct": ("1.2.840.10008.5.1.4.1.1.481.3", "RTSTRUCT"),
+        "report": ("1.2.840.10008.5.1.4.1.1.88.33", "SR"),
+        "dose": ("1.2.840.10008.5.1.4.1.1.481.2", "RTDOSE"),
+        "directory": ("1.2.840.10008.1.3.10", ""),
+    }
+    for number, (name, (sop_class, modality)) in enumerate(other.items()):
+        change = setting(SOPClassUID=sop_class, Modality=modality)
+        make(tmp_path, lambda ds, k, c=change: (only(0)(ds, k), c(ds, k)), uid=f"9.{number}", name=name)
+    (tmp_path / "cut.dcm").write_bytes((tmp_path / "images" / "s00.dcm").read_bytes()[:300])
+    (tmp_path / "text.dcm").write_text("hello")
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "outside").symlink_to(Path(__file__).parent)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    done: list[tuple[int, int]] = []
+    found = files.scan(tmp_path, progress=lambda *step: done.append(step))
+    assert [s.path.name for s in found.slices] == [f"s{k:02d}.dcm" for k in range(SLICES)]
+    assert [p.name for p in found.annotations] == ["map00.dcm", "seg00.dcm", "struct00.dcm"]
+    assert found.others == {"SR": 1, "RTDOSE": 1, "DICOMDIR": 1, "link": 2}
+    assert {path.name: reason.split(":")[0] for path, reason in found.damaged} == {
+        "cut.dcm": "E_TRUNCATED",
+        "text.dcm": "E_NOT_DICOM",
+    }
+    assert done[-1] == (15, 15) and [d for d, _ in done] == list(range(1, 16))
+
+
+def test_scan_keeps_no_patient_but_a_key(tmp_path: Path) -> None:
+    make(tmp_path, lambda ds, k: setting(PatientID=CANARY if k else "other", StudyInstanceUID="7.8")(ds, k))
+    slices = files.scan(tmp_path).slices
+    assert CANARY not in repr(slices)
+    assert len({s.patient_key for s in slices}) == 2 and len(slices[0].patient_key) == 32
+    assert slices[1].patient_key == slices[2].patient_key
+    assert {s.study_uid for s in slices} == {"7.8"} and len({s.sop_uid for s in slices}) == SLICES
+    make(tmp_path / "none", lambda ds, k: delattr(ds, "PatientID"), uid="4")
+    assert {s.patient_key for s in files.scan(tmp_path / "none").slices} == {""}
+
+
+def test_assess_says_what_reading_would(tmp_path: Path) -> None:
+    make(tmp_path / "good", only(1, 2, 3))
+    make(tmp_path / "bad", only(0, 1, 3, 4), uid="4")
+    for folder, code in (("good", None), ("bad", Code.GAP)):
+        slices = files.scan(tmp_path / folder).slices
+        assessment = assess(slices)
+        assert (assessment.problem.code if assessment.problem else None) is code
+        if code is None:
+            assert assessment.grid is not None
+            volume = open_volume(tmp_path / folder)
+            assert assessment.grid.difference(volume.grid, tolerance_mm=0) is None
+            assert assessment.notes == volume.notes != ()
+        else:
+            assert assessment.grid is None
+
+
+def test_files_of_a_series_stand_in_the_order_of_its_slices(tmp_path: Path) -> None:
+    paths = make(tmp_path, lambda ds, k: setting(ImagePositionPatient=digits(ORIGIN - k * STEP * NORMAL))(ds, k))
+    make(tmp_path, turned, name="scout")
+    assert series_files(tmp_path) == paths[::-1]
+    assert series_files(find_series(tmp_path)[0]) == paths[::-1]
+
+
+def test_irregular_series_are_resampled_when_asked_for(tmp_path: Path) -> None:
+    make(tmp_path, only(0, 1, 3, 4, 5))
+    reading = Reading(resample_irregular=True)
+    volume = open_volume(tmp_path, reading)
+    assert volume.grid.shape == (COLUMNS, ROWS, SLICES) and "resampled" in volume.notes[-1]
+    assert read_grid(tmp_path, reading).difference(volume.grid, tolerance_mm=0) is None
+    np.testing.assert_allclose(volume.grid.to_world([4, 3, 5]), expected_world(4, 3, 5), atol=1e-6)
+    whole = PIXELS.transpose(2, 1, 0).astype(float)
+    np.testing.assert_array_equal(volume.array[0][..., [0, 1, 3, 4, 5]], whole[..., [0, 1, 3, 4, 5]])
+    np.testing.assert_allclose(volume.array[0][..., 2], (whole[..., 1] + whole[..., 3]) / 2, rtol=1e-6)
+    make(tmp_path / "tilt", moved(lambda k: k * STEP * np.tan(np.deg2rad(12)) * DOWN_COLUMN), uid="4")
+    tilted = open_volume(tmp_path / "tilt", reading)
+    assert "12 degrees" in tilted.notes[-1] and tilted.grid.shape[2] == SLICES

@@ -57,10 +57,11 @@ def open_volume(source: Source, reading: Reading = STRICT) -> Volume:
     """Read an image of any kind.
 
     Args:
-        source: a file, a folder that holds the files of a DICOM series, or such a series.
+        source: a file, a folder or zip that holds the files of a DICOM series at any depth, or such a series.
         reading: what is wanted beyond the strict defaults.
     Returns:
-        float32 (C, *grid.shape), axes in the file's order (see `medseg.volume`).
+        float32 (C, *grid.shape), axes in the file's order (see `medseg.volume`). A DICOM image without a position (an
+        X-ray) is a picture.
     Raises:
         MedsegError: E_MISSING, E_UNSUPPORTED, E_NOT_DICOM, and what the readers refuse.
     """
@@ -92,6 +93,13 @@ def open_label(source: Source, reading: Reading = STRICT) -> Volume:
         from medseg.formats.dicom import series
 
         volume = series.read_series(source, reading)
+        if len(volume.array) > 1:
+            raise MedsegError(
+                Code.LABEL,
+                "a label map has one value per voxel",
+                where=source.name,
+                got=f"{len(volume.array)} channels",
+            )
         return replace(volume, array=volume.array[0])
     if _kind(source, reading) is Kind.NIFTI:
         from medseg.formats import nifti
@@ -191,7 +199,7 @@ def is_image_file(path: Path) -> bool:
 
 
 def find_series(folder: Path) -> list[SeriesInfo]:
-    """The image series of a folder (or of its sub-folders, if it holds no DICOM file itself), from headers alone.
+    """The image series of a folder with all that is below it, of a zip or a file, from headers alone.
 
     Returns:
         One entry per SeriesInstanceUID, sorted by it; empty if there is no DICOM image.
@@ -214,17 +222,17 @@ def _kind(path: Path, reading: Reading) -> Kind:
     kind = kind_of(path)
     if kind is not None:
         return kind
+    from medseg.formats.dicom.archive import is_zip
+
+    if reading.without_preamble or is_zip(path):
+        return Kind.DICOM
     name = path.name.lower()
     if name.endswith(PAIR_SUFFIXES):  # the .img half has no magic of its own
         return Kind.NIFTI
     if name.endswith(".dcm"):
-        raise MedsegError(
-            Code.NOT_DICOM,
-            "the file is not DICOM",
-            where=path.name,
-            expected="DICM at byte 128",
-            remedy="files without a preamble must be rewritten with one",
-        )
+        from medseg.formats.dicom.parsing import not_dicom
+
+        raise not_dicom(path)
     known = next((s for s in IMAGE_SUFFIXES if name.endswith(s)), None)
     if known is not None:
         raise MedsegError(
@@ -238,7 +246,7 @@ def _kind(path: Path, reading: Reading) -> Kind:
         Code.UNSUPPORTED,
         "the file is of a kind that is not read",
         where=path.name,
-        expected="NIfTI, DICOM, PNG, TIFF, JPEG or GIF",
+        expected="NIfTI, DICOM, a zip of DICOM, PNG, TIFF, JPEG or GIF",
         remedy="convert it to NIfTI",
     )
 

@@ -30,7 +30,7 @@ class Kind(Enum):
 def kind_of(path: Path) -> Kind | None:
     """The kind of a regular file, None if it is none of them."""
     start = _start(path)
-    if start[DICOM_PREAMBLE_BYTES:] == DICOM_MAGIC:
+    if is_dicom_start(start):
         return Kind.DICOM
     if start.startswith(PICTURE_MAGICS):
         return Kind.PICTURE
@@ -46,7 +46,12 @@ def kind_of(path: Path) -> Kind | None:
 
 def is_dicom(path: Path) -> bool:
     """True for a regular file with DICOM's preamble: "DICM" at byte 128."""
-    return path.is_file() and _start(path)[DICOM_PREAMBLE_BYTES:] == DICOM_MAGIC
+    return path.is_file() and is_dicom_start(_start(path))
+
+
+def is_dicom_start(start: bytes) -> bool:
+    """True for the first bytes of a DICOM file."""
+    return start[DICOM_PREAMBLE_BYTES : DICOM_PREAMBLE_BYTES + len(DICOM_MAGIC)] == DICOM_MAGIC
 
 
 def is_gzip(path: Path) -> bool:

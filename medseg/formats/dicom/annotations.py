@@ -50,8 +50,8 @@ def masks(
     """
     from medseg.formats.dicom import rtstruct, seg
 
-    reader = seg if annotation.kind == "SEG" else rtstruct
-    return reader.masks(annotation, grid, numbers)
+    read = seg.masks if annotation.kind == "SEG" else rtstruct.masks
+    return read(annotation, grid, numbers)
 
 
 def read_label(label: DrawnLabel, grid: Grid) -> Volume:
@@ -98,9 +98,10 @@ def read_annotation(path: Path) -> Annotation:
     """
     from medseg.formats.dicom import rtstruct, seg
 
-    for reader in (seg, rtstruct):
-        if reader.is_mine(path):
-            return reader.read_annotation(path)
+    if seg.is_mine(path):
+        return seg.read_annotation(path)
+    if rtstruct.is_mine(path):
+        return rtstruct.read_annotation(path)
     raise MedsegError(
         Code.UNSUPPORTED,
         "not an annotation",

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medseg.errors import MedsegError
+from medseg.errors import Code, MedsegError
+from medseg.formats.dicom import files
+from medseg.formats.dicom.annotations import read_annotation
+from medseg.formats.dicom.archive import is_zip, unpacked
 from medseg.formats.dicom.files import SeriesInfo
+from medseg.formats.dicom.header import Slice
+from medseg.formats.dicom.series import assess
 from medseg.formats.dicom.structures import Annotation
 from medseg.volume import Grid
+
+DIGITS = 6
+"""Of a digest in the name of a case or a patient, where they tell all apart."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +62,177 @@ class Catalog:
     """Files that cannot be read as DICOM though they should, and why."""
 
 
-def read_catalog(root: Path, progress: Callable[[int, int], None] | None = None) -> Catalog:
+def read_catalog(
+    root: Path, progress: Callable[[int, int], None] | None = None, *, without_preamble: bool = False
+) -> Catalog:
     """Look at every file of a tree (or a zip), headers only.
 
     Args:
         root: folder, zip or single file.
         progress: called with (files done, all files).
+        without_preamble: try DICOM on files without "DICM" at byte 128 too.
     Raises:
         MedsegError: E_MISSING, E_LIMIT; whatever is wrong with single series is in the catalog.
     """
-    raise NotImplementedError(root, progress)
+    root = Path(root)
+    folder = unpacked(root) if is_zip(root) else root
+    scan = files.scan(folder, without_preamble=without_preamble, progress=progress)
+    by_uid: dict[str, list[Slice]] = defaultdict(list)
+    damaged = list(scan.damaged)
+    for item in scan.slices:
+        if item.uid:
+            by_uid[item.uid].append(item)
+        else:
+            damaged.append((item.path, f"{Code.MALFORMED}: an image without a SeriesInstanceUID"))
+    annotations, unread = _read_annotations(scan.annotations)
+    damaged += unread
+    homes, orphans = _homes(annotations, by_uid)
+    names, patients = _case_ids(by_uid), _patients(by_uid)
+    series = [_entry(uid, items, names[uid], patients[uid], homes.get(uid, [])) for uid, items in by_uid.items()]
+    return Catalog(
+        folder,
+        tuple(sorted(series, key=lambda s: s.case_id)),
+        tuple(orphans),
+        dict(sorted(scan.others.items())),
+        tuple(sorted(damaged)),
+    )
+
+
+def _entry(
+    uid: str, items: list[Slice], case_id: str, patient: str, homes: list[tuple[Annotation, str]]
+) -> CatalogSeries:
+    """Assess one series; `homes`: its annotations, each with a note."""
+    assessment = assess(items)
+    (info,) = files.describe(items)
+    return CatalogSeries(
+        case_id,
+        info,
+        patient,
+        _study(items),
+        _frame(items),
+        None if assessment.problem else assessment.grid,
+        tuple(annotation for annotation, _ in homes),
+        assessment.problem,
+        (*assessment.notes, *(f"{annotation.kind}: {note}" for annotation, note in homes if note)),
+    )
+
+
+def _study(items: list[Slice]) -> str:
+    return min((s.study_uid for s in items if s.study_uid), default="")
+
+
+def _frame(items: list[Slice]) -> str | None:
+    return next((s.frame_of_reference for s in items if s.frame_of_reference), None)
+
+
+def _case_ids(by_uid: Mapping[str, list[Slice]]) -> dict[str, str]:
+    """For each SeriesInstanceUID the modality and as many digits of its digest as tell all series apart."""
+    kinds = {uid: re.sub("[^A-Za-z0-9]", "", items[0].modality)[:16] or "OT" for uid, items in by_uid.items()}
+    return {uid: f"{kinds[uid]}_{digest}" for uid, digest in _digests(by_uid).items()}
+
+
+def _patients(by_uid: Mapping[str, list[Slice]]) -> dict[str, str]:
+    """For each SeriesInstanceUID the pseudonym of its patient: series that share a PatientID or a study, directly or
+    over others, are of one."""
+    parent: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for uid, items in by_uid.items():
+        keys = {("patient", s.patient_key) for s in items} | {("study", s.study_uid) for s in items}
+        for kind, value in keys:
+            if value:
+                parent[find(f"{kind} {value}")] = find(f"series {uid}")
+    members: dict[str, list[str]] = defaultdict(list)
+    for uid in by_uid:
+        members[find(f"series {uid}")].append(uid)
+    smallest = {
+        group: min((study for uid in uids if (study := _study(by_uid[uid]))), default=min(uids))
+        for group, uids in members.items()
+    }
+    digests = _digests(smallest.values())
+    return {uid: f"p_{digests[smallest[group]]}" for group, uids in members.items() for uid in uids}
+
+
+def _digests(uids: Iterable[str]) -> dict[str, str]:
+    """The first digits of the SHA-256 of each UID: six, or as many as tell them apart."""
+    whole = {uid: hashlib.sha256(uid.encode()).hexdigest() for uid in uids}
+    length = next(n for n in range(DIGITS, 65) if len({d[:n] for d in whole.values()}) == len(whole))
+    return {uid: digest[:length] for uid, digest in whole.items()}
+
+
+def _read_annotations(paths: Sequence[Path]) -> tuple[list[Annotation], list[tuple[Path, str]]]:
+    """The headers of annotation files, each object once, and the files that cannot be read, with the reason."""
+    found: dict[str, Annotation] = {}
+    unread = []
+    for path in sorted(paths):
+        try:
+            annotation = read_annotation(path)
+        except MedsegError as error:
+            unread.append((path, f"{error.code}: {error.message}"))
+        else:
+            found.setdefault(annotation.uid, annotation)
+    return list(found.values()), unread
+
+
+def _homes(
+    annotations: Sequence[Annotation], by_uid: Mapping[str, list[Slice]]
+) -> tuple[dict[str, list[tuple[Annotation, str]]], list[tuple[Annotation, str]]]:
+    """SeriesInstanceUID → its annotations, each with a note; and those that belong nowhere, with the reason."""
+    frames = {uid: _frame(items) for uid, items in by_uid.items()}
+    owners = {s.sop_uid: uid for uid, items in by_uid.items() for s in items if s.sop_uid}
+    homes: dict[str, list[tuple[Annotation, str]]] = defaultdict(list)
+    orphans = []
+    for annotation in annotations:
+        try:
+            uids, note = _referenced(annotation, frames, owners)
+        except MedsegError as error:
+            orphans.append((annotation, f"{error.code}: {error.message}"))
+            continue
+        for uid in uids:
+            homes[uid].append((annotation, note))
+    return homes, orphans
+
+
+def _referenced(
+    annotation: Annotation, frames: Mapping[str, str | None], owners: Mapping[str, str]
+) -> tuple[list[str], str]:
+    """The series that an annotation refers to, and a note.
+
+    Its images count for more than the series that it names, but they must all be there, in one series. Where it names
+    a series and none of its images, as after cropping or pseudonymising, one frame of reference must join them.
+
+    Args:
+        annotation: with what it refers to.
+        frames: SeriesInstanceUID → FrameOfReferenceUID of what is here.
+        owners: SOPInstanceUID → SeriesInstanceUID of what is here.
+    Raises:
+        MedsegError: E_REFERENCE.
+    """
+    named = [uid for uid in annotation.series if uid in frames]
+    found = [owners[image] for image in annotation.images if image in owners]
+    lacking = len(annotation.images) - len(found)
+    note = f"{lacking} of the {len(annotation.images)} images that it refers to are not here" if lacking else ""
+    frame = annotation.frame_of_reference
+    if not found:
+        uids = named
+        if not named:
+            raise MedsegError(Code.REFERENCE, "it refers to images that are not here")
+        if annotation.images:
+            uids = [uid for uid in named if frame is not None and frames[uid] == frame]
+            note = "it refers to other images of this series, in the same frame of reference"
+    elif not annotation.series or set(named) & set(found):
+        uids = sorted(set(found) & set(named)) if annotation.series else sorted(set(found))
+    elif len(set(found)) == 1 and not lacking:
+        uids, note = found[:1], "it names another series than the one that holds its images; the images count"
+    else:
+        raise MedsegError(
+            Code.REFERENCE, "the series that it names is not here, and its images do not all lie in one other series"
+        )
+    uids = [uid for uid in uids if frame is None or frames[uid] in (None, frame)]
+    if not uids:
+        raise MedsegError(Code.REFERENCE, "it was drawn in another frame of reference than its images lie in")
+    return uids, note

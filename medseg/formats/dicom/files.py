@@ -1,102 +1,35 @@
-"""Which DICOM files lie in a folder, and what their headers say: before any pixel is read.
-
-Only the tags listed here are ever parsed, so that nothing about the patient can reach a log, a message or a file.
-"""
+"""Which DICOM files lie in a folder and what they are: before any pixel is read."""
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pydicom
-from numpy.typing import NDArray
-from pydicom.dataset import Dataset
-
 from medseg.errors import Code, MedsegError
-from medseg.formats.content import is_dicom
+from medseg.formats.content import is_dicom_start
+from medseg.formats.dicom.archive import is_zip, unpacked
+from medseg.formats.dicom.header import Slice, read_header
+from medseg.formats.dicom.parsing import cannot_open, not_dicom
+from medseg.formats.dicom.sop_classes import SEGMENTATIONS, STRUCTURE_SET, kind_of_object
 
 logger = logging.getLogger(__name__)
 
-SPLIT_TAGS = (
-    "EchoNumbers",
-    "EchoTime",
-    "TemporalPositionIdentifier",
-    "DiffusionBValue",
-    "TriggerTime",
-    "InversionTime",
-    "AcquisitionNumber",
-    "AcquisitionTime",
-    "ContentTime",
-    "ImageType",
-    "InstanceNumber",
-)
-"""Tags that may tell two slices at one position apart, the most telling first. Only their names are ever shown."""
-HEADER_TAGS = (
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "Modality",
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "BitsAllocated",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "SliceThickness",
-    "SpacingBetweenSlices",
-    "LossyImageCompression",
-    *SPLIT_TAGS,
-)
-DICOM_STORAGE = "1.2.840.10008.5.1.4.1.1."
-NOT_IMAGES = tuple(
-    DICOM_STORAGE + part for part in ("66", "88.", "11.", "9.", "67", "104.", *(f"481.{n}" for n in range(2, 20)))
-)
-"""SOP classes that are not images, as prefixes: raw data, registrations, segmentations and label maps (66…), reports
-(88.), presentation states (11.), waveforms (9.), value maps (67), documents (104.), and of radiotherapy all (structure
-sets, doses, plans) but RT images (481.1)."""
-MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
-"""A DICOMDIR; never followed."""
+NUM_THREADS = 4
+"""Files that are read at once: enough to hide the latency of a disk or a network drive."""
+FILES_AHEAD = 256
+"""Files whose first bytes are held in memory."""
+START_BYTES = 2**14
+"""Read of each file at first; holds the whole header of most."""
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+"""Files of such names that are not DICOM are reported as damaged, others are left out."""
 
-
-@dataclass(frozen=True)
-class Slice:
-    """The header of one single-frame image."""
-
-    path: Path
-    header: Dataset
-    position: NDArray[np.float64] | None
-    """ImagePositionPatient: the centre of the first pixel, mm in LPS."""
-    orientation: NDArray[np.float64] | None
-    """ImageOrientationPatient: (2, 3), the direction along a row, then down a column, in LPS."""
-    pixel_spacing_mm: tuple[float, float] | None
-    """PixelSpacing: between rows, then between columns."""
-
-    @property
-    def uid(self) -> str:
-        """SeriesInstanceUID."""
-        return str(self.header.get("SeriesInstanceUID", ""))
-
-    @property
-    def modality(self) -> str:
-        """Modality, "" if the header has none."""
-        return str(self.header.get("Modality") or "")
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """(columns, rows): the in-plane shape in index order (i, j)."""
-        return int(self.header.Columns), int(self.header.Rows)
-
-    @property
-    def is_multi_frame(self) -> bool:
-        """True for enhanced images and any others with more than one frame."""
-        frames = int(self.header.get("NumberOfFrames") or 1)
-        sop_class = self.header.get("SOPClassUID")
-        return frames > 1 or (sop_class is not None and "Enhanced" in sop_class.name)
+Progress = Callable[[int, int], None]
+"""Called with (files done, all files)."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +41,7 @@ class SeriesInfo:
     modality: str
     """Modality of the first file, "" if unknown."""
     num_slices: int
-    """Number of image files."""
+    """Number of images: files, and the frames of multi-frame files."""
     shape: tuple[int, int, int]
     """(columns, rows, slices) of the first file's matrix; several matrices are found when the series is read."""
     files: tuple[Path, ...]
@@ -124,106 +57,155 @@ class SeriesInfo:
         return f"{self.uid} {self.modality or '?'} {self.num_slices} slices {size}"
 
 
-def find_files(path: Path) -> list[Path]:
-    """The DICOM files of a folder; of its sub-folders if it holds none itself; or the one file that `path` is."""
-    if not path.is_dir():
-        return [path] if is_dicom(path) else []
-    entries = sorted(path.iterdir())
-    files = [entry for entry in entries if is_dicom(entry)]
-    if not files:
-        files = [file for entry in entries if entry.is_dir() for file in sorted(entry.iterdir()) if is_dicom(file)]
-    return files
+@dataclass(frozen=True)
+class Scan:
+    """What lies in a tree."""
+
+    slices: tuple[Slice, ...]
+    """The headers of images, sorted by path; a multi-frame file is one."""
+    annotations: list[Path]
+    """SEG and RTSTRUCT files."""
+    others: dict[str, int]
+    """Other DICOM objects by kind ("SR", "DICOMDIR", …), and links that were not followed, and how many."""
+    refusals: list[tuple[Path, MedsegError]]
+    """Files and folders that cannot be read though they should, and why."""
+
+    @property
+    def damaged(self) -> list[tuple[Path, str]]:
+        """Files and folders that cannot be read though they should, and why in words."""
+        return [(path, f"{error.code}: {error.message}") for path, error in self.refusals]
 
 
-def read_slices(files: list[Path]) -> list[Slice]:
-    """The headers of those files that are images; the others are counted in the log.
+def scan(path: Path, *, without_preamble: bool = False, progress: Progress | None = None) -> Scan:
+    """Look at every file of a tree, headers only.
+
+    Links are not followed: what they point at within the tree is met anyway, and what lies outside was not asked for.
+    A DICOMDIR is counted, not followed.
+
+    Args:
+        path: a folder with all that is below it, a zip, or a single file.
+        without_preamble: try DICOM on files without "DICM" at byte 128 too.
+        progress: is told how far it is.
+    Raises:
+        MedsegError: E_MISSING if there is nothing at the path; what `archive.unpacked` refuses.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MedsegError(Code.MISSING, "there is no such file or folder", where=path.name, remedy="check the path")
+    if is_zip(path):
+        path = unpacked(path)
+    others: Counter[str] = Counter()
+    refusals: list[tuple[Path, MedsegError]] = []
+    files = sorted(_walk(path, others, refusals)) if path.is_dir() else [path]
+    slices, annotations = [], []
+    for file, found in _look(files, without_preamble, progress):
+        if isinstance(found, Slice):
+            slices.append(found)
+        elif isinstance(found, MedsegError):
+            refusals.append((file, found))
+        elif found is not None and (found.startswith(SEGMENTATIONS) or found == STRUCTURE_SET):
+            annotations.append(file)
+        elif found is not None:
+            others[kind_of_object(found)] += 1
+    left_out = len(annotations) + sum(others.values())
+    if left_out:
+        logger.info("%d DICOM objects are not images (SEG, RTSTRUCT, SR, …)", left_out)
+    return Scan(tuple(slices), annotations, dict(others), sorted(refusals, key=lambda r: r[0]))
+
+
+def read_slices(files: Sequence[Path], *, without_preamble: bool = False) -> list[Slice]:
+    """The headers of image files.
 
     Raises:
-        MedsegError: E_TRUNCATED for a header that cannot be parsed.
+        MedsegError: what the first damaged file is refused for; E_UNSUPPORTED for one that is no image.
     """
-    slices: list[Slice] = []
-    for path in files:
-        header = _read_header(path)
-        if header is not None:
-            slices.append(
-                Slice(path, header, _numbers(header, "ImagePositionPatient", 3), _orientation(header), _spacing(header))
+    slices = []
+    for file, found in _look(files, without_preamble, None):
+        if isinstance(found, MedsegError):
+            raise found
+        if not isinstance(found, Slice):
+            raise MedsegError(
+                Code.UNSUPPORTED,
+                "the file is not a DICOM image",
+                where=file.name,
+                got=kind_of_object(found) if found else "another kind of file",
             )
-    if len(slices) < len(files):
-        logger.info("%d DICOM files are not images (SEG, RTSTRUCT, SR, …) and were left out", len(files) - len(slices))
+        slices.append(found)
     return slices
 
 
-def find_series(folder: Path) -> list[SeriesInfo]:
+def find_series(path: Path) -> list[SeriesInfo]:
     """One entry per SeriesInstanceUID, sorted by it; see `medseg.formats.find_series`."""
-    return describe(read_slices(find_files(folder)))
+    return describe(scan(path).slices)
 
 
-def describe(slices: list[Slice]) -> list[SeriesInfo]:
+def describe(slices: Iterable[Slice]) -> list[SeriesInfo]:
     """Gather slices by SeriesInstanceUID."""
     by_uid: dict[str, list[Slice]] = defaultdict(list)
     for item in slices:
         by_uid[item.uid].append(item)
-    return [
-        SeriesInfo(
-            uid, members[0].modality, len(members), (*members[0].matrix, len(members)), tuple(m.path for m in members)
-        )
-        for uid, members in sorted(by_uid.items())
-    ]
+    found = []
+    for uid, members in sorted(by_uid.items()):
+        count = sum(1 if m.frame is not None else m.frames for m in members)
+        files = tuple(dict.fromkeys(m.path for m in members))
+        found.append(SeriesInfo(uid, members[0].modality, count, (*members[0].matrix, count), files))
+    return found
 
 
-def number(header: Dataset, tag: str) -> float | None:
-    """The number of a tag; None if it is missing, empty or not a finite number."""
+def _walk(root: Path, others: Counter[str], refusals: list[tuple[Path, MedsegError]]) -> list[Path]:
+    """The regular files of a tree."""
+    files: list[Path] = []
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        others["link"] += 1
+                    elif entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    elif entry.is_file(follow_symlinks=False):
+                        files.append(Path(entry.path))
+        except OSError as error:
+            refusals.append((folder, cannot_open(folder, error)))
+    return files
+
+
+Found = Slice | str | MedsegError | None
+"""The header of an image, the SOP class of another DICOM object, a refusal, None for what is not DICOM."""
+
+
+def _look(files: Sequence[Path], without_preamble: bool, progress: Progress | None) -> Iterator[tuple[Path, Found]]:
+    """What each file is, in their order. Threads wait for the disk; parsing is serial, since Python's threads would
+    only hinder each other at it."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for first in range(0, len(files), FILES_AHEAD):
+            batch = files[first : first + FILES_AHEAD]
+            tasks = [batch[n::NUM_THREADS] for n in range(NUM_THREADS)]
+            starts = {f: s for task in pool.map(lambda t: [(f, _start(f)) for f in t], tasks) for f, s in task}
+            for number, file in enumerate(batch, start=first + 1):
+                yield file, _look_at(file, starts[file], without_preamble)
+                if progress is not None:
+                    progress(number, len(files))
+
+
+def _start(file: Path) -> bytes | MedsegError:
     try:
-        value = float(header.get(tag))
-    except (TypeError, ValueError):
-        return None
-    return value if np.isfinite(value) else None
+        with file.open("rb", buffering=0) as stream:
+            return stream.read(START_BYTES) or b""
+    except OSError as error:
+        return cannot_open(file, error)
 
 
-def _read_header(path: Path) -> Dataset | None:
-    """The header of an image, None for another DICOM object."""
+def _look_at(file: Path, start: bytes | MedsegError, without_preamble: bool) -> Found:
+    if isinstance(start, MedsegError):
+        return start
+    promised = file.name.lower().endswith(DICOM_SUFFIXES)
+    marked = is_dicom_start(start)
+    if not marked and not without_preamble:
+        return not_dicom(file) if promised else None
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER_TAGS))
-        sop_class = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
-        name, value = (sop_class.name, str(sop_class)) if sop_class is not None else ("", "")
-        has_matrix = bool(header.get("Rows")) and bool(header.get("Columns"))
-    except Exception as error:  # pydicom raises a dozen types on damaged files
-        raise MedsegError(
-            Code.TRUNCATED,
-            "the DICOM header is cut or damaged",
-            where=path.name,
-            got=type(error).__name__,
-            remedy="export the series again",
-        ) from error
-    if value == MEDIA_DIRECTORY or value.startswith(NOT_IMAGES):
-        return None
-    if has_matrix:
-        return header
-    if not value or name.endswith("Image Storage"):
-        raise MedsegError(
-            Code.TRUNCATED,
-            "the DICOM header ends before the size of the image",
-            where=path.name,
-            expected="Rows and Columns",
-            remedy="export the series again",
-        )
-    return None
-
-
-def _numbers(header: Dataset, tag: str, count: int) -> NDArray[np.float64] | None:
-    """The numbers of a tag, None unless there are exactly `count` finite ones."""
-    try:
-        numbers = np.array([float(v) for v in header.get(tag) or ()], dtype=np.float64)
-    except (TypeError, ValueError):
-        return None
-    return numbers if numbers.shape == (count,) and np.isfinite(numbers).all() else None
-
-
-def _orientation(header: Dataset) -> NDArray[np.float64] | None:
-    cosines = _numbers(header, "ImageOrientationPatient", 6)
-    return None if cosines is None else cosines.reshape(2, 3)
-
-
-def _spacing(header: Dataset) -> tuple[float, float] | None:
-    spacing = _numbers(header, "PixelSpacing", 2)
-    return None if spacing is None or (spacing <= 0).any() else (float(spacing[0]), float(spacing[1]))
+        return read_header(file, start, without_preamble=not marked)
+    except MedsegError as error:
+        return error if marked or promised else None
