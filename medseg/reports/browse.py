@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from medseg.bundle import BUNDLE_FILE, BundleInfo
 from medseg.data.cases import DataFolder, find_cases, load_image, load_label_values
 from medseg.errors import Code, MedsegError, nearest
-from medseg.formats import is_image_file, open_label, strip_suffix
+from medseg.formats import Reading, is_image_file, open_label, strip_suffix
 from medseg.labels import Labels
 from medseg.metrics.masks import State
 from medseg.metrics.metric import metrics
@@ -147,15 +148,34 @@ def data_of(run: Path, root: Path | None = None) -> DataFolder:
     Raises:
         MedsegError: E_RUN without a configuration, E_MISSING if the data are not there, and what `find_cases` refuses.
     """
+    data = _data_config(run)
+    manifest = None if data["manifest"] is None else _find_stored(run, str(data["manifest"]))
+    info = BundleInfo.read(run)
+    return find_cases(
+        root or _find_stored(run, str(data["root"])),
+        manifest=manifest,
+        labels=info.structures or data["labels"],
+        modality=data.get("modality") or (info.modality if info.structures else None),
+        reading=_reading(data),
+    )
+
+
+def _data_config(run: Path) -> dict[str, Any]:
+    """The keys below `data` of a run's configuration."""
     try:
-        data = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))["data"]
-        stored_root, stored_manifest = str(data["root"]), data["manifest"]
+        data: dict[str, Any] = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))["data"]
+        data["root"], data["manifest"], data["labels"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise MedsegError(
             Code.RUN, "the run's configuration cannot be read", where=f"{run.name}/{CONFIG_FILE}", got=error
         ) from error
-    manifest = None if stored_manifest is None else _find_stored(run, str(stored_manifest))
-    return find_cases(root or _find_stored(run, stored_root), manifest=manifest)
+    return data
+
+
+def _reading(data: dict[str, Any]) -> Reading:
+    return Reading(
+        resample_irregular=bool(data.get("resample_irregular")), without_preamble=bool(data.get("without_preamble"))
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +214,9 @@ def open_validation_case(run: Path, data: DataFolder, case_id: str) -> Validatio
                 Code.MISSING, f"there is no case {case_id!r} here", where=where, remedy=nearest(case_id, known)
             )
     info = BundleInfo.read(run)
-    image = load_image(cases[case_id], channels=info.channels)
-    reference = load_label_values(cases[case_id], image.grid)
+    reading = _reading(_data_config(run))
+    image = load_image(cases[case_id], channels=info.channels, reading=reading)
+    reference = load_label_values(cases[case_id], image.grid, reading)
     return ValidationCase(case_id, image, reference, open_label(predictions[case_id]), info.labels)
 
 

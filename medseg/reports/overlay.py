@@ -69,7 +69,11 @@ def save_overlay(
     title: str = "",
 ) -> None:
     """Write `overlay_figure` as PNG, whole or not at all; E_OUTPUT if it cannot be written."""
-    figure = overlay_figure(image, labels=labels, reference=reference, predicted=predicted, title=title)
+    save_figure(path, overlay_figure(image, labels=labels, reference=reference, predicted=predicted, title=title))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, whole or not at all; E_OUTPUT if it cannot be written."""
     with whole_file(path, ".png") as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, facecolor=BACKGROUND)
 
@@ -94,7 +98,23 @@ def overlay_figure(
         MedsegError: E_GRID if a mask does not lie on the image's grid, E_LABEL for unknown values.
     """
     masks = _Masks(_indices(reference, image.grid, labels), _indices(predicted, image.grid, labels))
-    return _figure(_panels(image, masks), labels, title, _legend(labels, masks, image.grid))
+    return _figure(_panels(image, masks), len(labels.foreground), title, _legend(labels.names, masks, image.grid))
+
+
+def scan_figure(image: Volume, *, names: Sequence[str] = (), drawn: IndexMap | None = None, title: str = "") -> Figure:
+    """Draw a scan as it is, and once more with the structures that were drawn on it, as lines.
+
+    Args:
+        image: shape (C, *grid.shape).
+        names: of the structures 1, 2, … in `drawn`; a name may stand twice.
+        drawn: shape grid.shape, 0 where there is nothing; None for the scan alone.
+        title: a heading, such as the case id.
+    """
+    views = views_of(image, drawn, None, drawn)
+    panels = [[_Panel(view, view.caption) for view in views]]
+    if drawn is not None:
+        panels.append([_Panel(view, "" if i else "structures", line=True) for i, view in enumerate(views)])
+    return _figure(panels, len(names), title, _legend(("", *names), _Masks(drawn, None)))
 
 
 def slices_figure(
@@ -121,16 +141,16 @@ def slices_figure(
     masks = _Masks(_indices(reference, image.grid, labels), _indices(predicted, image.grid, labels))
     views = slice_views(image, masks.reference, masks.predicted, masks.leading, indices)
     # Dice beside these slices would be read as theirs, and it is the whole case's: names only.
-    return _figure(_comparison(views), labels, title, _legend(labels, masks))
+    return _figure(_comparison(views), len(labels.foreground), title, _legend(labels.names, masks))
 
 
-def _figure(panels: list[list[_Panel]], labels: Labels, title: str, entries: list[tuple[str, str]]) -> Figure:
+def _figure(panels: list[list[_Panel]], num_colours: int, title: str, entries: list[tuple[str, str]]) -> Figure:
     """Panels, indexed [thing][view], with the title above and the legend below."""
     aspects = [panel.view.aspect for panel in panels[0]]
     layout = arrange(aspects, num_rows=len(panels), title=bool(title), num_legend=len(entries))
     figure = Figure(figsize=layout.size, facecolor=BACKGROUND, dpi=DPI)
     FigureCanvasAgg(figure)
-    colours = class_colours(labels.num_classes - 1)
+    colours = class_colours(num_colours)
     for row, boxes in zip(panels, layout.boxes, strict=True):
         for panel, box in zip(row, boxes, strict=True):
             _draw(figure.add_axes(box), panel, colours)
@@ -260,18 +280,19 @@ def _error_key(ax: Axes) -> None:
     )  # fmt: skip
 
 
-def _legend(labels: Labels, masks: _Masks, grid: Grid | None = None) -> list[tuple[str, str]]:
-    """(colour, text) of the classes that the masks hold, with their Dice where there are both and a grid is given."""
+def _legend(names: Sequence[str], masks: _Masks, grid: Grid | None = None) -> list[tuple[str, str]]:
+    """(colour, text) of the classes that the masks hold, with their Dice where there are both and a grid is given;
+    `names` begin with the background."""
     present = [mask for mask in (masks.reference, masks.predicted) if mask is not None]
     if not present:
         return []
-    counts = np.sum([np.bincount(mask.ravel(), minlength=labels.num_classes) for mask in present], axis=0)
+    counts = np.sum([np.bincount(mask.ravel(), minlength=len(names)) for mask in present], axis=0)
     chosen = sorted(np.argsort(-counts[1:], kind="stable")[:MAX_LEGEND] + 1)
-    texts = {index: labels.names[index] for index in chosen if counts[index]}
+    texts = {index: names[index] for index in chosen if counts[index]}
     if masks.reference is not None and masks.predicted is not None and grid is not None:
-        results = measure_case(masks.predicted, masks.reference, grid, num_classes=labels.num_classes, names=("dice",))
+        results = measure_case(masks.predicted, masks.reference, grid, num_classes=len(names), names=("dice",))
         texts = {index: f"{text}   Dice {results[index - 1].values['dice']:.3f}" for index, text in texts.items()}
-    colours = class_colours(labels.num_classes - 1)
+    colours = class_colours(len(names) - 1)
     entries = [(colours[index - 1], text) for index, text in texts.items()]
     left_out = int((counts[1:] > 0).sum()) - len(entries)
     return [*entries, (BACKGROUND, f"and {left_out} more")] if left_out > 0 else entries
@@ -280,13 +301,15 @@ def _legend(labels: Labels, masks: _Masks, grid: Grid | None = None) -> list[tup
 def _write_margins(figure: Figure, layout: Layout, title: str, entries: list[tuple[str, str]]) -> None:
     if title:
         x, y = layout.title_at
-        figure.text(x, y, title, color=TEXT, fontsize=11, fontweight="bold", ha="left", va="center")
+        figure.text(x, y, title, color=TEXT, fontsize=11, fontweight="bold", ha="left", va="center", parse_math=False)
     if entries:
         handles = [
             Line2D([], [], marker="s", markersize=7, linestyle="", color=colour, label=text) for colour, text in entries
         ]
-        figure.legend(
+        legend = figure.legend(
             handles=handles, loc="lower left", bbox_to_anchor=layout.legend_at, ncols=layout.legend_columns,
             frameon=False, labelcolor=TEXT, fontsize=8.5, handlelength=1, columnspacing=1.6, handletextpad=0.3,
             borderaxespad=0, borderpad=0,
         )  # fmt: skip
+        for text in legend.get_texts():  # names may hold a dollar
+            text.set_parse_math(False)

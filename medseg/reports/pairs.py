@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from medseg.errors import Code, MedsegError
 from medseg.formats import is_image_file, open_label, strip_suffix
+from medseg.formats.label_table import labels_for, read_labels
 from medseg.labels import TABLE_FILE, Labels, integer_values
 
 MissingPolicy = Literal["error", "count", "skip"]
@@ -75,19 +75,14 @@ def match_pairs(predicted: Path, reference: Path, *, missing: MissingPolicy) -> 
 
 
 def labels_of(predicted: Path, references: Sequence[Path]) -> Labels:
-    """The classes of `predictions.json` beside the predictions, else one class per value of the references.
+    """The classes of the table beside the predictions, else one class per value of the references.
 
     Raises:
         MedsegError: E_LABEL if the file cannot be understood, or there are no classes or too many.
     """
-    path = (predicted if predicted.is_dir() else predicted.parent) / TABLE_FILE
-    if path.is_file():
-        try:
-            table = json.loads(path.read_text(encoding="utf-8")).get("labels")
-        except (ValueError, AttributeError) as error:
-            raise MedsegError(Code.LABEL, "the table of labels cannot be read", where=path.name, got=error) from error
-        if isinstance(table, dict):
-            return Labels.from_mapping(table)
+    declared = read_labels(predicted / TABLE_FILE) if predicted.is_dir() else labels_for(predicted)
+    if declared is not None:
+        return declared
     values: set[int] = set()
     for reference in references:
         values.update(int(v) for v in np.unique(integer_values(open_label(reference).array, where=reference.name)))

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.volume import MODEL_ORIENTATION, Grid, Volume
+from medseg.volume import MODEL_ORIENTATION, PIXEL_FRAME, Grid, Volume
 
 WINDOW_PERCENTILES = (0.5, 99.5)
 """Intensities from black to white, so that a few bright voxels do not darken the rest."""
 SOFT_TISSUE_HU = (-160.0, 240.0)
 """The radiologists' window of the abdomen, for CT whose structures lie within it; air and metal would flatten the
 percentiles."""
+NARROWEST = 1 / 8
+"""Least share of a slice's longer side, in mm, that its shorter side takes: narrower ones show nothing."""
 COARSER = 1.2
 """A scan has slices along the axis whose spacing is more than this times that of the others."""
 _WINDOW_SAMPLES = 2_000_000
@@ -36,10 +38,10 @@ class View:
         image: float, shape (H, W) or (H, W, 3), 0 … 1.
         reference: class indices, shape (H, W), or None.
         predicted: class indices, shape (H, W), or None.
-        pixel_mm: (height, width) of a pixel; 1 for pictures.
+        pixel_mm: (height, width) of a pixel; 1 for pictures that do not know it.
         caption: which slice it is.
         sides: letters at the left, right, top and bottom; empty for pictures.
-        ruler: (share of the width, text), None for pictures.
+        ruler: (share of the width, text), None where the size is not known.
     """
 
     image: NDArray[np.float32]
@@ -85,13 +87,13 @@ def views_of(
         predicted: class indices on the image's grid, or None.
         leading: volumes are cut where this mask is largest, in the middle if it is None or empty.
     Returns:
-        The axial, coronal and sagittal slice (those that are more than a line), or the picture.
+        The axial, coronal and sagittal slice (those that are more than a strip), or the picture.
     """
     if image.grid.is_picture:
         return [_picture_view(image, reference, predicted)]
     case = _Case.of(image, reference, predicted, leading)
     shape = case.image.shape
-    planes = [p for p in _PLANES if min(n for axis, n in enumerate(shape) if axis != p.axis) > 1] or list(_PLANES[:1])
+    planes = [p for p in _PLANES if case.narrowness(p) >= NARROWEST] or [max(_PLANES, key=case.narrowness)]
     return [case.view(plane, _largest_slice(case.leading, plane.axis, shape[plane.axis])) for plane in planes]
 
 
@@ -149,6 +151,16 @@ class _Case:
         window = SOFT_TISSUE_HU if is_soft_tissue else _window(turned.array[0])
         return cls(turned.array[0], truth, guess, lead, turned.grid.spacing_mm, window)
 
+    def narrowness(self, plane: _Plane) -> float:
+        """Shorter side of the slices of a plane over their longer side, in mm; 0 for a single row of voxels."""
+        sides = [
+            (n, n * s)
+            for axis, (n, s) in enumerate(zip(self.image.shape, self.spacing_mm, strict=True))
+            if axis != plane.axis
+        ]
+        shorter, longer = sorted(mm for _, mm in sides)
+        return shorter / longer if min(n for n, _ in sides) > 1 else 0.0
+
     def view(self, plane: _Plane, index: int) -> View:
         height_mm, width_mm = (s for axis, s in enumerate(self.spacing_mm) if axis != plane.axis)
         cuts = [None if m is None else _cut(m, plane, index).astype(np.uint8) for m in (self.reference, self.predicted)]
@@ -165,7 +177,9 @@ class _Case:
 
 
 def _picture_view(image: Volume, reference: IndexMap | None, predicted: IndexMap | None) -> View:
-    return View(_picture(image.array), reference, predicted, (1.0, 1.0), "image", ("", "", "", ""), None)
+    height_mm, width_mm = image.grid.spacing_mm
+    ruler = None if image.grid.frame == PIXEL_FRAME else _ruler(image.grid.shape[1] * width_mm)
+    return View(_picture(image.array), reference, predicted, (height_mm, width_mm), "image", ("", "", "", ""), ruler)
 
 
 def _cut(array: NDArray[np.generic], plane: _Plane, index: int) -> NDArray[np.generic]:
