@@ -41,6 +41,8 @@ class BundleInfo:
         labels: the classes.
         channels: names of the image channels, in order.
         mirror_axes: axes that training mirrored; others must not be mirrored in prediction.
+        modality: "CT", "MR", … of all training cases; None where they differ or their files do not tell.
+        structures: class name → the structures of DICOM annotations that mean it; None where labels were files.
     """
 
     model: Mapping[str, Any]
@@ -48,6 +50,8 @@ class BundleInfo:
     labels: Labels
     channels: tuple[str, ...]
     mirror_axes: tuple[int, ...] = ()
+    modality: str | None = None
+    structures: Mapping[str, tuple[str, ...]] | None = None
 
     def build_model(self) -> SegmentationModel:
         """The network with fresh weights."""
@@ -68,6 +72,8 @@ class BundleInfo:
             "labels": self.labels.to_json(),
             "channels": list(self.channels),
             "mirror_axes": list(self.mirror_axes),
+            "modality": self.modality,
+            "structures": self.structures,
         }
         write_atomically(run / BUNDLE_FILE, json.dumps(content, indent=2).encode())
 
@@ -98,12 +104,15 @@ class BundleInfo:
                     got=f"format {content['format']} of medseg {content.get('medseg')}",
                     remedy="install that version of medseg, or train again",
                 )
+            structures = content.get("structures")
             return cls(
                 content["model"],
                 Plan.from_json(content["plan"]),
                 Labels.from_mapping(content["labels"]),
                 tuple(content["channels"]),
                 tuple(content["mirror_axes"]),
+                content.get("modality"),
+                structures and {str(name): tuple(drawn) for name, drawn in structures.items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise MedsegError(

@@ -71,7 +71,14 @@ class Labels:
                 values = value if isinstance(value, (list, tuple)) else [value]
                 if not values or not all(isinstance(v, (int, np.integer)) for v in values):
                     raise MedsegError(
-                        Code.LABEL, "label values must be integers", where=f"data.labels.{name}", got=value
+                        Code.LABEL,
+                        "label values must be integers",
+                        where=f"data.labels.{name}",
+                        got=value,
+                        remedy="names of structures mean something where the data are a tree of DICOM series with SEG "
+                        "or RTSTRUCT files, and no label files"
+                        if any(isinstance(v, str) for v in values)
+                        else None,
                     )
                 parsed[str(name)] = tuple(int(v) for v in values)
         first = next((n for n in parsed if n.lower() == "background"), None)

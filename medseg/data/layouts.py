@@ -24,6 +24,7 @@ from medseg.errors import Code, MedsegError
 from medseg.formats import Source, is_dicom, is_image_file, strip_suffix
 
 if TYPE_CHECKING:
+    from medseg.data.structure_table import StructureTable
     from medseg.formats.dicom.annotations import DrawnLabel
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Case:
     label: Path | DrawnLabel | None
     """The reference segmentation: a file of labels, or structures of DICOM annotations."""
     patient: str | None = None
-    """Who it is of, where a manifest says so: cases of one patient stay together in splits."""
+    """Who it is of, where a manifest (a name) or DICOM (a pseudonym) says so: their cases stay together in splits."""
     split: str | None = None
     """"train", "val" or "test", where a manifest says so."""
 
@@ -77,6 +78,12 @@ class DataFolder:
     """Class names → values as a dataset.json or manifest declares them (not checked yet)."""
     channels: tuple[str, ...] | None = None
     """Names of the channels, where something names them."""
+    structures: StructureTable | None = None
+    """Of a tree of DICOM files: which structures mean which class."""
+    problems: tuple[tuple[str, MedsegError], ...] = ()
+    """What is wrong in the folder beside its cases, by a name for it: annotations whose images are not there."""
+    left_out: tuple[str, ...] = ()
+    """What lies there and is no case, in words."""
 
 
 class Found(NamedTuple):
@@ -94,18 +101,33 @@ def visible(folder: Path) -> list[Path]:
 
 def is_series(folder: Path) -> bool:
     """Whether a folder holds DICOM slices: it is one image then, whatever else lies there."""
-    return folder.is_dir() and any(is_dicom(p) for p in visible(folder))
+    return folder.is_dir() and any(is_dicom(p) and not is_annotation(p) for p in visible(folder))
+
+
+def is_annotation(path: Path) -> bool:
+    """Whether a file is DICOM SEG or RTSTRUCT: no image, and a label only of a tree of DICOM files."""
+    if not is_dicom(path):
+        return False
+    from medseg.formats.dicom import rtstruct, seg
+
+    try:
+        return seg.is_mine(path) or rtstruct.is_mine(path)
+    except MedsegError:  # too damaged to tell: whoever reads it will say so
+        return False
 
 
 def image_paths(folder: Path) -> dict[str, Path]:
     """Image files and DICOM series folders directly in a folder, by id (the name without its suffix).
 
+    DICOM annotations are left out, but not from among slices.
+
     Raises:
         MedsegError: E_DUPLICATE_ID if two have the same id.
     """
     found: dict[str, Path] = {}
+    slices = is_series(folder)  # whose headers are not read one by one
     for path in visible(folder):
-        if path.is_file() and is_image_file(path):
+        if path.is_file() and is_image_file(path) and (slices or not is_annotation(path)):
             add_entry(found, strip_suffix(path.name), path)
         elif is_series(path):
             add_entry(found, path.name, path)
@@ -149,6 +171,14 @@ def is_label_name(name: str) -> bool:
     return LABEL_NAME.fullmatch(name) is not None
 
 
+def has_label_files(root: Path) -> bool:
+    """Whether there is a file (or series) that one of the layouts would take for a label; annotations are none."""
+    folders = [p for p in visible(root) if p.is_dir()]
+    named = (p for folder in (root, *folders) for p in visible(folder) if is_label_name(strip_suffix(p.name)))
+    inside = (p for folder in folders if folder.name.lower() in LABEL_FOLDERS for p in visible(folder))
+    return any(is_series(p) or (is_image_file(p) and not is_annotation(p)) for p in (*named, *inside))
+
+
 def folder_named(root: Path, names: Sequence[str]) -> Path | None:
     """The one folder in `root` with one of these names (any case), None where there is none.
 
@@ -187,7 +217,7 @@ def folder_per_case(root: Path, *, require_labels: bool) -> Found | None:
     labels: dict[str, Path] = {}
     for folder in (p for p in visible(root) if p.is_dir()):
         inside = image_paths(folder)
-        of_label = [path for name, path in inside.items() if is_label_name(name)]
+        of_label = [path for name, path in inside.items() if is_label_name(name) and not is_annotation(path)]
         of_image = tuple(path for name, path in inside.items() if not is_label_name(name))
         if is_series(folder):
             of_image = (folder,)

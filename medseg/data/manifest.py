@@ -177,7 +177,7 @@ def _refuse_absent(cases: Iterable[Case]) -> None:
         f"{case.case_id}: {path.name}"
         for case in cases
         for path in (*case.images, case.label)
-        if path and not path.exists()
+        if isinstance(path, Path) and not path.exists()
     ]
     if absent:
         raise MedsegError(

@@ -13,6 +13,7 @@ import torch
 from medseg.data.cases import Case, load_image, load_label
 from medseg.data.plan import Plan
 from medseg.errors import Code, MedsegError
+from medseg.formats import STRICT, Reading
 from medseg.labels import Labels
 from medseg.resampling import resample, resample_labels
 from medseg.volume import Grid, Volume
@@ -91,6 +92,7 @@ def prepare_cases(
     *,
     seed: int,
     num_threads: int,
+    reading: Reading = STRICT,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[PreparedCase]:
     """Read and prepare labelled cases into memory, in threads.
@@ -101,6 +103,7 @@ def prepare_cases(
         labels: the classes.
         seed: which voxels are remembered for foreground sampling.
         num_threads: cases read at a time.
+        reading: what is asked of the readers beyond their strict defaults.
         progress: called with (done, total).
     Raises:
         MedsegError: what reading refuses; E_LIMIT if the cases do not fit into memory.
@@ -109,7 +112,7 @@ def prepare_cases(
     prepared: list[PreparedCase] = []
     used = 0
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
-        futures = [pool.submit(_prepare, case, plan, labels, seed) for case in cases]
+        futures = [pool.submit(_prepare, case, plan, labels, seed, reading) for case in cases]
         try:
             for done, future in enumerate(futures, start=1):
                 case = future.result()
@@ -132,9 +135,9 @@ def prepare_cases(
     return prepared
 
 
-def _prepare(case: Case, plan: Plan, labels: Labels, seed: int) -> PreparedCase:
-    volume = load_image(case, num_channels=plan.num_channels)
-    label_volume = load_label(case, labels, volume.grid)
+def _prepare(case: Case, plan: Plan, labels: Labels, seed: int, reading: Reading) -> PreparedCase:
+    volume = load_image(case, num_channels=plan.num_channels, reading=reading)
+    label_volume = load_label(case, labels, volume.grid, reading)
     image, grid = prepare_image(volume, plan)
     label = prepare_label(label_volume, plan, labels.num_classes)
     rng = np.random.default_rng([seed, *case.case_id.encode()])

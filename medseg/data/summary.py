@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medseg.data.survey import Survey
+from medseg.data.survey import CaseInfo, Survey
 from medseg.labels import REST
+
+MAX_NOTES = 10
+"""Most notes that are printed."""
 
 
 def summary_lines(found: Survey) -> list[str]:
@@ -31,13 +34,29 @@ def summary_lines(found: Survey) -> list[str]:
     for index, name in enumerate(found.labels.names):
         values = found.labels.values[index]
         share = voxels[:, index].sum() / voxels.sum()
+        drawn = (found.structures or {}).get(name)
         lines.append(
             f"  {index}  {name:<20} value {', '.join(map(str, values)) or REST:<8} "
             f"{100 * share:8.3g} % of voxels, in {int((voxels[:, index] > 0).sum())} of {len(cases)} cases"
+            + (f", drawn as {', '.join(drawn)}" if drawn else "")
         )
+    lines += _notes(cases)
+    lines += [f"left out   {text}" for text in found.left_out]
     for problem in found.quarantine:
         lines.append(f"left out   {problem.case_id}: {problem.code} {problem.message}")
     return lines
+
+
+def _notes(cases: Sequence[CaseInfo]) -> list[str]:
+    """What is to be known of cases, and of how many."""
+    counts = Counter(note for case in cases for note in case.notes)
+    first = {note: case.case_id for case in reversed(cases) for note in case.notes}
+    lines = [
+        f"note       {f'{count} cases' if count > 1 else first[note]}: {note}"
+        for note, count in counts.most_common(MAX_NOTES)
+    ]
+    more = len(counts) - MAX_NOTES
+    return [*lines, f"note       and {more} more in survey.json"] if more > 0 else lines
 
 
 def _range(values: Sequence[tuple[float, ...]], form: str) -> str:

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from medseg.data.cases import Case, DataFolder, load_image, load_label_values
 from medseg.data.layouts import name_some
+from medseg.data.structure_table import refuse_overlap
 from medseg.errors import Code, MedsegError
+from medseg.formats import STRICT, Reading
 from medseg.labels import Labels, integer_values
 from medseg.volume import MODEL_ORIENTATION
 
@@ -68,11 +70,13 @@ class CaseInfo:
     """Voxels of each class, in the order of `Survey.labels`."""
     intensity: tuple[ChannelStats, ...]
     """One per channel."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of how its voxels came to be (`Volume.notes`)."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a case cannot be used."""
+    """Why a case, or something else in the folder, cannot be used."""
 
     case_id: str
     code: str
@@ -91,7 +95,8 @@ class Survey:
     channel_names: tuple[str, ...]
     labels: Labels
     labels_from: str
-    """Who named the classes: "data.labels", "dataset" (dataset.json or manifest) or "values found"."""
+    """Who named the classes: "data.labels", "dataset" (dataset.json or manifest), "values found" or "structures found"
+    (in all cases)."""
     cases: tuple[CaseInfo, ...]
     """The good cases, sorted by id."""
     median_shape: tuple[int, ...]
@@ -102,6 +107,16 @@ class Survey:
     """Per channel, over foreground voxels of all cases, equally many of each."""
     quarantine: tuple[Problem, ...] = ()
     """Cases left out (`on_bad_case="skip"`)."""
+    structures: Mapping[str, tuple[str, ...]] | None = None
+    """Class name → the structures of DICOM annotations that mean it; None where labels are files."""
+    left_out: tuple[str, ...] = ()
+    """What lies in the folder and is no case, in words."""
+
+    @property
+    def modality(self) -> str | None:
+        """The modality of all cases; None where they differ or the files do not tell."""
+        modalities = {case.modality for case in self.cases}
+        return modalities.pop() if len(modalities) == 1 else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
@@ -109,7 +124,7 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _CaseRead:
     """What remains of a case after its arrays are dropped."""
 
     info: CaseInfo
@@ -128,26 +143,30 @@ def survey(
     progress: Progress | None = None,
     on_bad_case: Literal["error", "skip"] = "error",
     training: Collection[str] | None = None,
+    reading: Reading = STRICT,
 ) -> Survey:
     """Read every case once, check it, and take its statistics.
 
     Args:
         folder: as `find_cases` gives it, with labels.
         declared_labels: class names → values as the user writes them; they win over those of a dataset.json, and
-            these over the values that are found.
+            these over the values that are found. Of a tree of DICOM files `folder.structures` holds them already.
         num_threads: cases that are read at a time; memory holds as many.
         progress: called with (cases read, cases in all).
         on_bad_case: "skip" leaves bad cases out and lists them in `Survey.quarantine`.
         training: ids of the cases that medians and intensities are taken from; all by default.
+        reading: what is asked of the readers beyond their strict defaults.
     Raises:
         MedsegError: the one problem, or all of them in one table; E_LABEL, E_CHANNELS or E_MIXED where cases do not
             fit together.
     """
     declared, labels_from = _declared(folder, declared_labels)
-    readings, problems = _read_all(folder, declared, num_threads, progress)
+    readings, problems = _read_all(folder, declared, num_threads, reading, progress)
     if declared is not None:
         problems.update(_undeclared(readings.values(), declared))
-    if on_bad_case == "error" or len(problems) == len(folder.cases):
+    all_bad = all(case.case_id in problems for case in folder.cases)
+    problems.update(folder.problems)
+    if on_bad_case == "error" or all_bad:
         _raise_problems(problems, len(folder.cases))
     good = [readings[case.case_id] for case in folder.cases if case.case_id not in problems]
     _refuse_other_kind(good)
@@ -175,11 +194,15 @@ def survey(
         median_spacing_mm=tuple(float(s) for s in np.median([r.model_spacing_mm for r in seen], axis=0)),
         intensity=_pooled(seen),
         quarantine=tuple(Problem(i, str(e.code), e.message) for i, e in sorted(problems.items())),
+        structures=folder.structures.classes if folder.structures else None,
+        left_out=folder.left_out,
     )
 
 
 def _declared(folder: DataFolder, declared_labels: Mapping[str, Any] | None) -> tuple[Labels | None, str]:
     """The label table as somebody declares it, and who."""
+    if folder.structures is not None:
+        return folder.structures.labels, "data.labels" if folder.structures.is_declared else "structures found"
     if declared_labels:
         return Labels.from_mapping(declared_labels), "data.labels"
     if folder.labels is None:
@@ -198,12 +221,12 @@ def _declared(folder: DataFolder, declared_labels: Mapping[str, Any] | None) -> 
 
 
 def _read_all(
-    folder: DataFolder, declared: Labels | None, num_threads: int, progress: Progress | None
-) -> tuple[dict[str, _Reading], dict[str, MedsegError]]:
-    readings: dict[str, _Reading] = {}
+    folder: DataFolder, declared: Labels | None, num_threads: int, reading: Reading, progress: Progress | None
+) -> tuple[dict[str, _CaseRead], dict[str, MedsegError]]:
+    readings: dict[str, _CaseRead] = {}
     problems: dict[str, MedsegError] = {}
     with ThreadPoolExecutor(num_threads) as pool:
-        running = {pool.submit(_read, case, declared, folder.channels): case for case in folder.cases}
+        running = {pool.submit(_read, case, folder, declared, reading): case for case in folder.cases}
         try:
             for done, future in enumerate(as_completed(running), start=1):
                 case_id = running[future].case_id
@@ -222,10 +245,13 @@ def _read_all(
     return readings, problems
 
 
-def _read(case: Case, declared: Labels | None, channels: tuple[str, ...] | None) -> _Reading:
+def _read(case: Case, folder: DataFolder, declared: Labels | None, reading: Reading) -> _CaseRead:
     """Read one case; its arrays are gone when this returns."""
-    image = load_image(case, channels=channels)
-    label = integer_values(load_label_values(case, image.grid).array, where=case.case_id)
+    image = load_image(case, channels=folder.channels, reading=reading)
+    drawn = load_label_values(case, image.grid, reading)
+    if folder.structures is not None:
+        refuse_overlap(drawn.notes, case.case_id, folder.structures)
+    label = integer_values(drawn.array, where=case.case_id)
     values, counts = np.unique(label, return_counts=True)
     foreground = np.isin(label, [v for v in values if _is_foreground(int(v), declared)])
     num_foreground = int(foreground.sum())
@@ -248,10 +274,11 @@ def _read(case: Case, declared: Labels | None, channels: tuple[str, ...] | None)
         modality=image.modality,
         label_voxels=(),
         intensity=stats,
+        notes=tuple(dict.fromkeys((*image.notes, *drawn.notes))),
     )
     pooled = sample[:, : POOLED_VOXELS if num_foreground else 0].copy()
     voxels_of_value = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
-    return _Reading(info, voxels_of_value, grid.shape, grid.spacing_mm, pooled)
+    return _CaseRead(info, voxels_of_value, grid.shape, grid.spacing_mm, pooled)
 
 
 def _is_foreground(value: int, declared: Labels | None) -> bool:
@@ -275,7 +302,7 @@ def _statistics(sample: NDArray[np.float32], low: float, high: float, num_foregr
     )
 
 
-def _pooled(readings: Sequence[_Reading]) -> tuple[ChannelStats, ...]:
+def _pooled(readings: Sequence[_CaseRead]) -> tuple[ChannelStats, ...]:
     sample = np.concatenate([reading.pooled for reading in readings], axis=1)
     infos = [reading.info for reading in readings]
     return tuple(
@@ -289,7 +316,7 @@ def _pooled(readings: Sequence[_Reading]) -> tuple[ChannelStats, ...]:
     )
 
 
-def _undeclared(readings: Iterable[_Reading], labels: Labels) -> dict[str, MedsegError]:
+def _undeclared(readings: Iterable[_CaseRead], labels: Labels) -> dict[str, MedsegError]:
     """E_LABEL for each case with values that no class claims."""
     problems: dict[str, MedsegError] = {}
     for reading in readings:
@@ -300,7 +327,7 @@ def _undeclared(readings: Iterable[_Reading], labels: Labels) -> dict[str, Medse
     return problems
 
 
-def _labels_of_values(readings: Sequence[_Reading]) -> Labels:
+def _labels_of_values(readings: Sequence[_CaseRead]) -> Labels:
     """A label table from the values themselves."""
     values = sorted({value for reading in readings for value in reading.voxels_of_value})
     if len(values) > MAX_FOUND_VALUES or values[0] < 0:
@@ -320,7 +347,7 @@ def _labels_of_values(readings: Sequence[_Reading]) -> Labels:
     return Labels.from_mapping({"background": 0, **{f"class_{value}": value for value in values if value != 0}})
 
 
-def _with_classes(reading: _Reading, labels: Labels) -> CaseInfo:
+def _with_classes(reading: _CaseRead, labels: Labels) -> CaseInfo:
     """The case with its voxels counted by class."""
     values = list(reading.voxels_of_value)
     counts = np.zeros(labels.num_classes, dtype=np.int64)
@@ -344,7 +371,7 @@ def _raise_problems(problems: Mapping[str, MedsegError], num_cases: int) -> None
     )
 
 
-def _refuse_other_kind(readings: Sequence[_Reading]) -> None:
+def _refuse_other_kind(readings: Sequence[_CaseRead]) -> None:
     """All cases must have the same number of dimensions and channels."""
     kinds = [
         (Code.MIXED, "dimensions", {r.info.case_id: len(r.info.shape) for r in readings}),

@@ -21,7 +21,7 @@ from medseg.data.survey import Survey, survey
 from medseg.errors import Code, MedsegError
 from medseg.models import MODELS
 from medseg.reports.progress import counting_bar
-from medseg.training.experiment import Experiment
+from medseg.training.experiment import DataConfig, Experiment
 
 SPLIT_FILE = "split.json"
 """Which cases train and validate, in a run's folder."""
@@ -35,7 +35,7 @@ def begin(
     Test cases are not looked at, and validation cases shape neither the plan nor the normalisation.
     """
     data = experiment.data
-    folder = found_cases(experiment)
+    folder = found_cases(data, console)
     split = make_split(folder.cases, data.split, experiment.seed)
     if experiment.trainer.overfit_cases is not None:
         few = split.train[: experiment.trainer.overfit_cases]
@@ -49,6 +49,7 @@ def begin(
             progress=progress,
             on_bad_case=data.on_bad_case,
             training=split.train,
+            reading=data.reading,
         )
     bad = {problem.case_id for problem in found.quarantine}
     split = dataclasses.replace(
@@ -77,14 +78,17 @@ def begin(
     return {case.case_id: case for case in folder.cases}, split, info
 
 
-def go_on(experiment: Experiment, run: Path) -> tuple[dict[str, Case], Split, BundleInfo]:
+def go_on(experiment: Experiment, run: Path, console: Console) -> tuple[dict[str, Case], Split, BundleInfo]:
     """What a run decided when it began: a resumed run keeps its split and plan, also where the folder has grown.
 
     Raises:
         MedsegError: E_MISSING if a case of the split is not in the folder any more; E_RUN if this is no run.
     """
     info, split = BundleInfo.read(run), read_split(run / SPLIT_FILE)
-    cases = {case.case_id: case for case in found_cases(experiment).cases}
+    data = experiment.data
+    if info.structures is not None:
+        data = dataclasses.replace(data, labels=info.structures, modality=data.modality or info.modality)
+    cases = {case.case_id: case for case in found_cases(data, console).cases}
     gone = [case for case in (*split.train, *split.val) if case not in cases]
     if gone:
         raise MedsegError(
@@ -96,9 +100,8 @@ def go_on(experiment: Experiment, run: Path) -> tuple[dict[str, Case], Split, Bu
     return cases, split, info
 
 
-def found_cases(experiment: Experiment) -> DataFolder:
+def found_cases(data: DataConfig, console: Console) -> DataFolder:
     """The cases of `data.root`."""
-    data = experiment.data
     if data.root is None:
         raise MedsegError(
             Code.CONFIG,
@@ -107,7 +110,15 @@ def found_cases(experiment: Experiment) -> DataFolder:
             expected="a folder of cases",
             remedy="medseg train data.root=FOLDER; try it on a phantom with: medseg demo",
         )
-    return find_cases(Path(data.root), manifest=None if data.manifest is None else Path(data.manifest))
+    with counting_bar(console, "looking for cases") as progress:
+        return find_cases(
+            Path(data.root),
+            manifest=None if data.manifest is None else Path(data.manifest),
+            labels=data.labels,
+            modality=data.modality,
+            reading=data.reading,
+            progress=progress,
+        )
 
 
 def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> BundleInfo:
@@ -125,7 +136,15 @@ def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> Bun
     plan = with_model(make_plan(found, config, device=device.type), given)
     settings |= {name: plan.to_json()[name] for name in shared if name not in given}
     mirrored = mirrored_axes(experiment.augment, spatial_dims=plan.spatial_dims, is_picture=not plan.orientation)
-    info = BundleInfo(settings, plan, found.labels, found.channel_names, mirrored)
+    info = BundleInfo(
+        settings,
+        plan,
+        found.labels,
+        found.channel_names,
+        mirrored,
+        modality=found.modality,
+        structures=found.structures,
+    )
     model = info.build_model()
     patch = model.next_size(plan.patch_size)
     if config.patch_size is None and patch != plan.patch_size:
@@ -147,6 +166,7 @@ def prepare(
             info.labels,
             seed=experiment.seed,
             num_threads=experiment.data.num_threads,
+            reading=experiment.data.reading,
             progress=progress,
         )
     by_id = {case.case_id: case for case in prepared}

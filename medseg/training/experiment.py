@@ -10,6 +10,7 @@ from medseg.data.augment import AugmentConfig
 from medseg.data.plan import PlanConfig
 from medseg.data.splits import SplitConfig
 from medseg.errors import Code, MedsegError
+from medseg.formats import Reading
 
 DEFAULT_MAX_STEPS = 20_000
 """Steps of a training that states no budget at all."""
@@ -20,11 +21,22 @@ class DataConfig:
     """Where the cases are and how they are seen."""
 
     root: str | None = None
-    """Folder of cases (dataset.json, images/ + labels/, one folder per case), or a CSV/JSON manifest."""
+    """Folder of cases (dataset.json, images/ + labels/, one folder per case), a tree of DICOM series with SEG or
+    RTSTRUCT files, a zip of these, or a CSV/JSON manifest. Of what a run writes only config.yaml and .hydra hold this
+    path: resume needs it."""
     manifest: str | None = None
     """A manifest (case, image, label, patient, split) whose paths are relative to `root`."""
     labels: Mapping[str, Any] | None = None
-    """Classes as {name: value}, {name: [values]} or {name: rest}; null takes them from dataset.json or the files."""
+    """Classes as {name: value}, {name: [values]} or {name: rest}; null takes them from dataset.json or the files. Of a
+    tree of DICOM files as {name: structure} or {name: [structures]}, such as {tumour: [GTV-1, gtv]}: structures are
+    compared without case, later classes win where they overlap, and null takes the structures that all cases have."""
+    modality: str | None = None
+    """Of a tree of DICOM files: take the series of this modality only (CT, MR, PT, …)."""
+    resample_irregular: bool = False
+    """Resample DICOM series with gantry tilt, missing slices or uneven spacing to a regular grid instead of refusing
+    them."""
+    without_preamble: bool = False
+    """Try DICOM on files without "DICM" at byte 128 (old archives)."""
     on_bad_case: Literal["error", "skip"] = "error"
     """What a case that cannot be used does: end the run before its first step, or stay out and be listed."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -33,6 +45,11 @@ class DataConfig:
     """Overrides of the plan."""
     num_threads: int = 2
     """Cases read at a time."""
+
+    @property
+    def reading(self) -> Reading:
+        """What is asked of the readers."""
+        return Reading(resample_irregular=self.resample_irregular, without_preamble=self.without_preamble)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     if experiment.resume is None:
         cases, split, info = begin(experiment, run, device, console)
     else:
-        cases, split, info = go_on(experiment, run)
+        cases, split, info = go_on(experiment, run, console)
 
     model = info.build_model().to(device, memory_format=memory_format(info.plan.spatial_dims))  # type: ignore[call-overload]
     describe(console, run, info, model, device)
@@ -73,10 +73,17 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
 
     loop = Loop(experiment, run, info, model, training, validation, device)
     with Journal(run, console, loop.columns(), from_step=loop.counters.step) as journal:
-        journal.settings("configuration", dataclasses.asdict(experiment))
+        journal.settings("configuration", _without_paths(experiment))
         journal.settings("plan", info.plan.to_json())
         loop.run_to_the_end(journal)
     return conclude(experiment, run, loop, [cases[i] for i in split.val], console)
+
+
+def _without_paths(experiment: Experiment) -> dict[str, object]:
+    """The configuration without places on this machine: event files get around, and paths may hold patients' names."""
+    values = dataclasses.asdict(experiment)
+    del values["data"]["root"], values["data"]["manifest"], values["resume"]
+    return values
 
 
 def describe(console: Console, run: Path, info: BundleInfo, model: nn.Module, device: torch.device) -> None:
@@ -104,7 +111,7 @@ def conclude(
     if experiment.trainer.final_predictions:
         predictor = Predictor(load_bundle(run, device=loop.device), loop.window)
         with counting_bar(console, "final validation") as progress:
-            evaluation = final_validation(run, predictor, validation, loop.labels, progress)
+            evaluation = final_validation(run, predictor, validation, loop.labels, experiment.data.reading, progress)
         print_evaluation(evaluation, console)
     counters = loop.counters
     console.print(

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from medseg.bundle import BundleInfo
 from medseg.data.cases import Case, load_image, load_label_values
 from medseg.data.preprocess import PreparedCase
 from medseg.data.sampling import cut
-from medseg.formats import open_label, write_label
+from medseg.formats import STRICT, Reading, open_label, write_label
 from medseg.inference.folder import label_name, write_predictions_table
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import WindowConfig, sliding_window_logits
@@ -99,6 +100,7 @@ def final_validation(
     predictor: Predictor,
     cases: Sequence[Case],
     labels: Labels,
+    reading: Reading = STRICT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Predict the validation cases from their files, onto their own grids; write labels, metrics and pictures.
@@ -112,10 +114,10 @@ def final_validation(
     rows: list[Row] = []
     frame = ""
     for done, case in enumerate(cases, start=1):
-        image = load_image(case, channels=channels)
+        image = load_image(case, channels=channels, reading=reading)
         predicted = predictor.predict(image)
         write_label(folder / label_name(case.case_id, image), predicted)
-        reference = load_label_values(case, image.grid)
+        reference = load_label_values(case, image.grid, reading)
         rows += evaluate_pair(predicted, reference, labels, case=case.case_id)
         frame = image.grid.frame
         if progress is not None:
@@ -123,12 +125,12 @@ def final_validation(
     write_predictions_table(folder, labels)
     evaluation = Evaluation(tuple(rows), labels, frame=frame)
     evaluation.write(folder)
-    _draw_extremes(folder, evaluation, {case.case_id: case for case in cases}, labels, channels)
+    _draw_extremes(folder, evaluation, {case.case_id: case for case in cases}, predictor.bundle.info, reading)
     return evaluation
 
 
 def _draw_extremes(
-    folder: Path, evaluation: Evaluation, cases: Mapping[str, Case], labels: Labels, channels: Sequence[str]
+    folder: Path, evaluation: Evaluation, cases: Mapping[str, Case], info: BundleInfo, reading: Reading
 ) -> None:
     dice = {case: value for case, value in evaluation.case_means("dice").items() if not np.isnan(value)}
     ranked = sorted(dice, key=lambda case: dice[case])
@@ -139,12 +141,12 @@ def _draw_extremes(
             continue
         drawn.add(index)
         case = cases[ranked[index]]
-        image = load_image(case, channels=channels)
+        image = load_image(case, channels=info.channels, reading=reading)
         save_overlay(
             folder / "overlays" / f"{name}_{case.case_id}.png",
             image,
-            labels=labels,
-            reference=load_label_values(case, image.grid),
+            labels=info.labels,
+            reference=load_label_values(case, image.grid, reading),
             predicted=open_label(folder / label_name(case.case_id, image)),
             title=f"{case.case_id} ({name} of {len(ranked)})",
         )

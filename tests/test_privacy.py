@@ -1,0 +1,164 @@
+"""Row D33: nothing that DICOM files or their paths say about a patient gets into what medseg writes or prints."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import pydicom
+import pytest
+from dicom_phantom import CORD, GTV, write_rtstruct, write_seg, write_series
+from PIL import Image
+from pydicom.datadict import dictionary_VR
+
+from medseg.bundle import BUNDLE_FILE, BundleInfo
+from medseg.cli import main
+
+CANARY = "zqCanaryXj"
+DATE = "19010203"
+UID_ROOT = "1.2.826.0.1.3680043.8.498."
+"""pydicom's: all UIDs of the phantoms begin so."""
+TAGS = (
+    *("PatientName", "PatientID", "PatientBirthDate", "OtherPatientIDs", "OtherPatientNames", "PatientComments"),
+    *("PatientAddress", "PatientTelephoneNumbers", "PatientMotherBirthName", "PatientBirthName", "MilitaryRank"),
+    *("MedicalRecordLocator", "EthnicGroup", "Occupation", "AdditionalPatientHistory", "IssuerOfPatientID"),
+    *("ReferringPhysicianName", "PerformingPhysicianName", "OperatorsName", "PhysiciansOfRecord", "StudyDate"),
+    *("NameOfPhysiciansReadingStudy", "RequestingPhysician", "InstitutionName", "InstitutionAddress", "SeriesDate"),
+    *("InstitutionalDepartmentName", "StationName", "DeviceSerialNumber", "AccessionNumber", "StudyID", "ContentDate"),
+    *("StudyDescription", "SeriesDescription", "ProtocolName", "ImageComments", "RequestedProcedureDescription"),
+    *("PerformedProcedureStepDescription", "AdmissionID", "RequestAttributesSequence"),
+)
+PATHS_ALLOWED = (".hydra", "config.yaml")
+"""Of a run: what resuming needs."""
+
+
+SETTINGS = (
+    "data.labels={tumour: [GTV-1], cord: cord}",
+    "data.on_bad_case=skip",
+    "data.split.num_folds=2",
+    "data.plan.base_width=4",
+    "data.plan.num_stages=2",
+    "data.plan.patch_size=[8,16,16]",
+    "trainer.device=cpu",
+    "trainer.max_steps=4",
+    "trainer.num_validations=2",
+    "trainer.log_steps=1",
+)
+
+
+def mark(path: Path) -> None:
+    """Put the canary into every tag that may speak about the patient, private ones included."""
+    dataset = pydicom.dcmread(path)
+    for tag in TAGS:
+        kind = dictionary_VR(tag)
+        if kind == "SQ":
+            item = pydicom.Dataset()
+            item.ScheduledProcedureStepDescription = CANARY
+            dataset.RequestAttributesSequence = [item]
+        else:
+            values = {"DA": DATE, "PN": f"{CANARY}^{CANARY}"}
+            # Whose they are must still be told apart: all series of this test are of other patients.
+            number = f" {dataset.StudyInstanceUID[-6:]}" if tag == "PatientID" else ""
+            setattr(dataset, tag, values.get(kind, CANARY + number))
+    dataset.private_block(0x0099, CANARY, create=True).add_new(0x01, "LO", CANARY)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def write_tree(root: Path) -> None:
+    """Five patients in folders and files of their names; images that are gone, a cut file, a missing slice."""
+    for number in range(5):
+        folder = root / f"{CANARY} {number}" / "study" / "series"
+        files = write_series(folder, number, [GTV, CORD])
+        write = write_seg if number % 2 else write_rtstruct
+        write(folder.parent / "drawn" / "annotation.dcm", files, {"GTV-1": GTV, "cord": CORD})
+    alone = write_series(root / "gone", 7, [GTV])
+    write_rtstruct(root / f"{CANARY} 6" / "orphan.dcm", alone, {"GTV-1": GTV})
+    for path in alone:
+        path.unlink()
+    (root / f"{CANARY} 4" / "study" / "series" / "slice_0006.dcm").unlink()
+    for path in sorted(root.rglob("*.dcm")):
+        mark(path)
+        path.rename(path.with_name(f"{CANARY}_{path.name}"))
+    cut = next((root / f"{CANARY} 3").rglob("*slice_0012.dcm"))
+    (root / f"{CANARY}_cut.dcm").write_bytes(cut.read_bytes()[:300])
+
+
+@dataclass(frozen=True)
+class Traces:
+    run: Path
+    others: tuple[Path, ...]
+    console: str
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    """What training, going on, prediction and evaluation leave behind."""
+    folder = tmp_path_factory.mktemp("privacy")
+    root = folder / f"{CANARY} clinic" / "export"
+    write_tree(root)
+    run, out, metrics = folder / "run", folder / "out", folder / "metrics"
+    said = io.StringIO()
+    with chdir(folder), redirect_stdout(said), redirect_stderr(said):
+        main(["train", f'data.root="{root}"', f'hydra.run.dir="{run}"', *SETTINGS])
+        main(["train", f"resume={run}", "trainer.max_steps=6"])
+        main(["predict", str(run), str(root / f"{CANARY} 0"), str(root / f"{CANARY} 1"), "-o", str(out), "--preview"])
+        main(["evaluate", str(run / "validation"), str(run / "validation"), "-o", str(metrics)])
+    return Traces(run, (out, metrics), said.getvalue())
+
+
+def content(path: Path) -> bytes:
+    """What a file says: its bytes, unpacked, and the texts of a picture."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            data += repr(picture.info).encode()
+    return data
+
+
+def test_the_run_went_through(traces: Traces) -> None:
+    out, metrics = traces.others
+    assert (traces.run / BUNDLE_FILE).is_file()
+    assert (metrics / "metrics.json").is_file()
+    assert len(list(out.glob("*.nii.gz"))) == 2
+    info = BundleInfo.read(traces.run)
+    assert info.modality == "CT"
+    assert info.structures == {"tumour": ("GTV-1",), "cord": ("cord",)}
+    assert "E_REFERENCE" in traces.console
+    assert "E_GAP" in traces.console
+    kinds = {path.suffix for path in traces.run.rglob("*") if path.is_file()}
+    assert {".csv", ".json", ".png", ".log", ".gz", ".safetensors", ".yaml"} <= kinds
+    assert list(traces.run.rglob("events.out.tfevents*"))
+
+
+def test_nothing_about_the_patient_is_written(traces: Traces) -> None:
+    checked = 0
+    for folder in (traces.run, *traces.others):
+        for path in sorted(folder.rglob("*")):
+            assert CANARY.lower() not in path.relative_to(folder.parent).as_posix().lower()
+            if not path.is_file() or path.relative_to(folder).parts[0] in PATHS_ALLOWED:
+                continue
+            data = content(path)
+            for secret in (CANARY, DATE, UID_ROOT):
+                assert secret.lower().encode() not in data.lower(), f"{secret} in {path.name}"
+                assert secret.encode("utf-16-le") not in data, f"{secret} in {path.name}"
+            checked += 1
+    assert checked > 20
+
+
+def test_nothing_about_the_patient_is_printed(traces: Traces) -> None:
+    assert "Dice" in traces.console
+    for secret in (CANARY, DATE, UID_ROOT):
+        assert secret.lower() not in traces.console.lower()
+
+
+def test_nifti_headers_say_nothing(traces: Traces) -> None:
+    for path in traces.others[0].glob("*.nii.gz"):
+        header = nib.load(path).header
+        assert bytes(header["descrip"]).strip(b"\0") in (b"", b"medseg")
+        assert not header.extensions
