@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import click
 
@@ -27,6 +27,8 @@ HELP = """From a folder of medical scans to a trained, validated, usable segment
 
 \b
   medseg demo                                     the whole way on a phantom, in minutes
+  medseg inspect FOLDER                           what lies in a folder of DICOM or images, and what is wrong
+  medseg convert SERIES scan.nii.gz               DICOM, SEG and RTSTRUCT to NIfTI, and labels back to DICOM
   medseg train data.root=FOLDER                   train on your own cases
   medseg predict RUN SCAN... -o OUT               label scans the model has never seen
   medseg evaluate PREDICTIONS REFERENCES -o OUT   honest numbers, per case and class
@@ -36,6 +38,21 @@ For research use only; not a medical device."""
 TRAIN_HELP = """Train a model: `medseg train key=value ...` (Hydra).
 
 `medseg train --help` shows the groups, all keys and examples."""
+
+
+T = TypeVar("T")
+
+
+def reading_options(command: Callable[..., T]) -> Callable[..., T]:
+    """The options of how DICOM is read, the same for every verb that reads it."""
+    for option in (
+        click.option("--without-preamble", is_flag=True, help='Try DICOM on files without "DICM" at byte 128.'),
+        click.option("--resample-irregular", is_flag=True,
+                     help="Mend gantry tilt, gaps and uneven spacing of a DICOM series instead of refusing it."),
+        click.option("--series", metavar="UID", help="SeriesInstanceUID to read where DICOM files hold several."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 class Verbs(click.Group):
@@ -50,6 +67,112 @@ class Verbs(click.Group):
 @click.version_option(__version__, "--version", prog_name="medseg")
 def cli() -> None:
     """The program."""
+
+
+@cli.command("inspect", short_help="Show what lies in a folder of DICOM or images.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of tables.")
+@click.option("--pictures", metavar="FOLDER", type=click.Path(path_type=Path),
+              help="Also save a picture (PNG) of each scan: three planes, with what was drawn on them.")  # fmt: skip
+@click.option("--paths", is_flag=True, help="Show in which folder each series lies (names of folders may be names).")
+@click.option("--series", metavar="UID", help="Show only this series (its UID, or the name that the table gives it).")
+@click.option("--resample-irregular", is_flag=True, help="Judge and draw series as this option of convert reads them.")
+def inspect(
+    path: Path,
+    as_json: bool,
+    pictures: Path | None,
+    paths: bool,
+    series: str | None,
+    resample_irregular: bool,
+) -> None:
+    """Show what lies at PATH, without changing anything: which scans, who drew on them, what is wrong with them.
+
+    PATH is a tree or zip of DICOM files, a NIfTI file or a picture, or a folder of these. Series are named by
+    modality and a digest of their UID, patients by a digest: nothing about the patient is shown. The exit status is 0
+    also where scans are broken; --json says which.
+
+    \b
+      medseg inspect EXPORT
+      medseg inspect EXPORT --pictures pictures     look before you train
+      medseg inspect EXPORT --paths                 where each series lies
+      medseg inspect EXPORT --json > inventory.json
+    """
+    from rich.console import Console
+
+    from medseg.reports.inventory import inspect_path
+
+    inspect_path(
+        path,
+        Console(),
+        as_json=as_json,
+        pictures=pictures,
+        paths=paths,
+        series=series,
+        resample_irregular=resample_irregular,
+    )
+
+
+@cli.command("convert", short_help="Convert DICOM, SEG and RTSTRUCT to NIfTI, and labels to DICOM.")
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--image", metavar="SERIES", type=click.Path(path_type=Path),
+              help="The scan that a SEG, an RTSTRUCT or a label belongs to.")  # fmt: skip
+@click.option("--format", "form", metavar="FORMAT",
+              help="nifti, dicom-seg or rtstruct; else what the ending of OUT says.")  # fmt: skip
+@click.option("--labels", metavar="TABLE",
+              help="Which structures become which classes, or which value has which name (see above).")  # fmt: skip
+@click.option("--separate", is_flag=True, help="One NIfTI file for each structure, in the folder OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist already.")
+@reading_options
+def convert(
+    source: Path,
+    target: Path,
+    image: Path | None,
+    form: str | None,
+    labels: str | None,
+    separate: bool,
+    overwrite: bool,
+    series: str | None,
+    resample_irregular: bool,
+    without_preamble: bool,
+) -> None:
+    """Convert IN to OUT, without moving a voxel. What IN is, is decided by its content.
+
+    A DICOM series (a folder, a zip, a file) becomes one NIfTI file; a tree of series becomes a folder: one file for
+    each series, and a label file (..._seg.nii.gz) of what was drawn on it. What cannot be converted is listed, all else
+    is written.
+
+    \b
+      medseg convert SERIES scan.nii.gz
+      medseg convert EXPORT nifti_folder
+      medseg convert export.zip nifti_folder --labels "{tumour: [GTV-1, gtv]}"
+
+    A SEG or RTSTRUCT file becomes a label file on the grid of its images, which are --image, or found beside it; a SEG
+    without --image keeps its own grid. All structures are taken in the order of their numbers, or those that --labels
+    names; where they overlap, the later one in --labels takes the voxel.
+
+    \b
+      medseg convert seg.dcm label.nii.gz --image SERIES
+      medseg convert rtstruct.dcm label.nii.gz --labels "{tumour: [GTV-1, gtv], lung: Lung}"
+      medseg convert rtstruct.dcm folder --separate
+
+    A label file becomes a SEG or RTSTRUCT on the DICOM series that it lies on. Names come from --labels, from
+    label.json or predictions.json beside it, else structure_1 and so on.
+
+    \b
+      medseg convert label.nii.gz label.seg.dcm --image SERIES --labels "{liver: 1, spleen: 2}"
+      medseg convert label.nii.gz label.rtstruct.dcm --image SERIES
+    """
+    from rich.console import Console
+
+    from medseg.conversion import Options
+    from medseg.conversion import convert as convert_path
+    from medseg.formats import Reading
+    from medseg.formats.dicom.export import form_named
+
+    reading = Reading(series, channels=True, resample_irregular=resample_irregular, without_preamble=without_preamble)
+    options = Options(reading, image, None if form is None else form_named(form), labels, separate, overwrite)
+    convert_path(source, target, Console(), options)
 
 
 @cli.command(
@@ -89,8 +212,11 @@ def train(arguments: tuple[str, ...]) -> None:
 @click.option("--step", default=0.5, show_default=True, help="Distance of tiles as a share of the tile.")
 @click.option("--mirror", is_flag=True, help="Average over mirrored passes, where the model was trained so.")
 @click.option("--batch-size", default=4, show_default=True, help="Tiles in one forward pass.")
+@click.option("--format", "forms", default="nifti", show_default=True, metavar="LIST",
+              help="What to write: nifti, dicom-seg, rtstruct, or several with commas. DICOM needs DICOM.")  # fmt: skip
 @click.option("--preview", is_flag=True, help="Also save an overlay picture (PNG) of each case.")
 @click.option("--overwrite", is_flag=True, help="Replace label files that exist already.")
+@reading_options
 def predict(
     run: Path,
     inputs: tuple[Path, ...],
@@ -101,31 +227,48 @@ def predict(
     step: float,
     mirror: bool,
     batch_size: int,
+    forms: str,
     preview: bool,
     overwrite: bool,
+    series: str | None,
+    resample_irregular: bool,
+    without_preamble: bool,
 ) -> None:
     """Label scans with the model of RUN (a folder that medseg train made).
 
-    Each INPUT is a file (NIfTI, PNG, TIFF), a folder with one DICOM series, or a folder of many cases. The model is
-    loaded once. Each label file lies on exactly its scan's grid, in the smallest integer type, and carries the
-    values that the training labels had.
+    Each INPUT is a file (NIfTI, PNG, TIFF, enhanced DICOM), a folder or zip with one DICOM series, a tree of many
+    series, or a folder of many cases. The model is loaded once. Each label file lies on exactly its scan's grid, in
+    the smallest integer type, and carries the values that the training labels had. predictions.json beside them says
+    which value means what, and what is to be known of each case (lossy sources, what was resampled).
 
     \b
       medseg predict runs/2026-01-31_10-00-00_unet scan.nii.gz -o labels
       medseg predict RUN patient7/CT_series patient8/CT_series -o labels --preview
       medseg predict RUN folder_of_scans -o labels
+      medseg predict RUN export.zip -o labels --format nifti,dicom-seg,rtstruct
     """
     from rich.console import Console
 
-    from medseg.inference.folder import predict_inputs
+    from medseg.formats import Reading
+    from medseg.formats.dicom.export import forms_of
+    from medseg.inference.folder import predict_inputs, refuse_swapped
     from medseg.inference.predictor import Predictor
     from medseg.reports.overlay import save_overlay
 
+    wanted = forms_of(forms)
+    refuse_swapped(run, inputs)
     predictor = Predictor.from_run(
         run, checkpoint=checkpoint, device=device, precision=precision, step=step, mirror=mirror, batch_size=batch_size
     )
     predict_inputs(
-        predictor, inputs, output, Console(), overwrite=overwrite, draw_preview=save_overlay if preview else None
+        predictor,
+        inputs,
+        output,
+        Console(),
+        forms=wanted,
+        reading=Reading(series, resample_irregular=resample_irregular, without_preamble=without_preamble),
+        overwrite=overwrite,
+        draw_preview=save_overlay if preview else None,
     )
 
 

@@ -76,6 +76,16 @@ def test_predict_one_file_many_files_and_a_folder(tiny_run, tmp_path: Path) -> N
         assert label.grid.difference(read_grid(image)) is None
 
 
+def test_inspect_shows_and_prints_json_alone(tiny_run, tmp_path: Path, capsys) -> None:
+    main(["inspect", str(tiny_run.dicom)])
+    assert "CT_" in capsys.readouterr().out
+    main(["inspect", str(tiny_run.dicom.parent), "--json", "--pictures", str(tmp_path / "pictures")])
+    found = json.loads(capsys.readouterr().out)
+    assert found["series"][0]["shape"] == list(read_grid(tiny_run.dicom).shape)
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+    assert "E_MISSING" in refused(capsys, "inspect", tmp_path / "nothing")
+
+
 def test_step_changes_the_work_not_the_grid(tiny_run, tmp_path: Path, capsys) -> None:
     main(["predict", str(tiny_run.run), str(tiny_run.dicom), "-o", str(tmp_path / "out"), "--step", "1"])
     label = open_label(tmp_path / "out" / f"{tiny_run.dicom.name}.nii.gz")
@@ -95,7 +105,12 @@ def test_predict_never_replaces_the_scans(tiny_run, tmp_path: Path, capsys) -> N
 def test_predict_refuses(tiny_run, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     run, scan = tiny_run.run, tiny_run.dicom
-    assert "E_RUN: this is not a run" in refused(capsys, "predict", tmp_path, scan, "-o", out)
+    assert "E_RUN: this is not a run" in refused(capsys, "predict", scan, scan, "-o", out)
+    assert "E_RUN: there is no such run" in refused(capsys, "predict", tmp_path / "no", scan, "-o", out)
+    assert "did you mean the last run in it" in refused(capsys, "predict", run.parent, scan, "-o", out)
+    for first in (scan, tmp_path / "nothing.nii.gz"):
+        message = refused(capsys, "predict", first, run, "-o", out)
+        assert "did you swap them?" in message and f"{run} {first}" in message
     assert "E_MISSING" in refused(capsys, "predict", run, tmp_path / "nothing.nii.gz", "-o", out)
     assert "the step is a share" in refused(capsys, "predict", run, scan, "-o", out, "--step", "3")
     assert "no device 'warp'" in refused(capsys, "predict", run, scan, "-o", out, "--device", "warp")
@@ -262,9 +277,11 @@ def test_evaluate_refuses(tmp_path: Path, capsys) -> None:
 def test_help_of_every_verb_teaches(capsys) -> None:
     for verb, words in {
         "train": ["data.root=FOLDER", "resume=RUN", "Groups", "max_minutes"],
-        "predict": ["DICOM series", "--preview", "medseg predict RUN folder_of_scans"],
+        "predict": ["DICOM series", "--preview", "medseg predict RUN folder_of_scans", "--format nifti,dicom-seg"],
         "evaluate": ["missed structure", "--tolerance"],
         "demo": ["phantom", "--minutes"],
+        "inspect": ["--json", "--pictures", "medseg inspect EXPORT"],
+        "convert": ["--image SERIES", "--resample-irregular", "medseg convert SERIES scan.nii.gz", "rtstruct.dcm"],
     }.items():
         try:
             main([verb, "--help"])
@@ -278,7 +295,7 @@ def test_help_of_every_verb_teaches(capsys) -> None:
     "line, expected",
     [
         ("medseg tr", {"train"}),
-        ("medseg ", {"train", "predict", "evaluate", "demo"}),
+        ("medseg ", {"inspect", "convert", "train", "predict", "evaluate", "demo"}),
         ("medseg train model=fus", {"model=fusionnet", "model=fusionnet_narrow"}),
         ("medseg train trainer.max_m", {"trainer.max_minutes="}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,10 +82,13 @@ class Predictor:
         image, grid = prepare_image(volume, plan)
         oriented = volume.grid if grid.is_picture else volume.grid.reoriented(plan.orientation)
         indices = resample_argmax(self.logits(image), oriented.shape).cpu().numpy()
-        return Volume(indices, oriented).oriented_as(volume.grid)
+        return Volume(indices, oriented, volume.modality).oriented_as(volume.grid)
 
     def predict(self, volume: Volume) -> Volume:
         """The label map in the values of the training labels, smallest integer type, on exactly the scan's grid."""
-        indices = self.predict_indices(volume)
+        return self.in_file_values(self.predict_indices(volume))
+
+    def in_file_values(self, indices: Volume) -> Volume:
+        """Class indices as the values that stand for them in files, smallest integer type."""
         values = self.bundle.info.labels.to_values(np.asarray(indices.array, dtype=np.uint8))
-        return Volume(values, indices.grid, volume.modality)
+        return replace(indices, array=values)

@@ -1,0 +1,138 @@
+"""The files of one predicted case: NIfTI or PNG, DICOM SEG, RTSTRUCT."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medseg import __version__
+from medseg.bundle import BundleInfo
+from medseg.data.layouts import Case
+from medseg.errors import Code, MedsegError
+from medseg.formats import Reading, Source, read_grid, write_label
+from medseg.formats.content import Kind, kind_of
+from medseg.formats.dicom.export import ENDINGS, Form, write_annotation
+from medseg.formats.dicom.structures import Algorithm
+from medseg.volume import Volume
+
+
+@dataclass(frozen=True)
+class Export:
+    """How label maps become files.
+
+    Args:
+        info: the model: its classes are the structures, its name the algorithm.
+        forms: which files each case gets.
+        reading: as the scans are read.
+    """
+
+    info: BundleInfo
+    forms: tuple[Form, ...]
+    reading: Reading
+
+    def check(self, cases: Iterable[Case]) -> None:
+        """Refuse cases of which a file could not be written, before any work.
+
+        Raises:
+            MedsegError: E_OUTPUT naming the case.
+        """
+        drawn = [form for form in self.forms if form is not Form.NIFTI]
+        for case in cases if drawn else ():
+            what = " and ".join(drawn)
+            if not is_dicom_source(case.images[0], self.reading):
+                raise MedsegError(
+                    Code.OUTPUT,
+                    f"{what} can only be written for DICOM scans, whose files they refer to",
+                    where=case.case_id,
+                    expected="a DICOM series",
+                    got=case.images[0].name,
+                    remedy="leave --format out for NIfTI, or give the DICOM series of this case",
+                )
+            if Form.RTSTRUCT in drawn and self.reading.resample_irregular:
+                self._refuse_resampled(case)
+
+    def name(self, case_id: str, form: Form) -> str:
+        """Name of a case's file, known before the scan is read."""
+        ending = ".png" if form is Form.NIFTI and not self.info.plan.orientation else ENDINGS[form]
+        return case_id + ending
+
+    def names(self, case_id: str) -> list[str]:
+        """Names of all files of a case."""
+        return [self.name(case_id, form) for form in self.forms]
+
+    def write(self, case: Case, indices: Volume, label: Volume, folder: Path) -> list[Path]:
+        """Write all files of a case: all of them, or none.
+
+        Args:
+            case: where the scan came from.
+            indices: class indices on the scan's grid, for DICOM.
+            label: the same in the values of the training labels, for NIfTI.
+            folder: of the outputs; exists.
+        Returns:
+            The files, in the order of `forms`.
+        Raises:
+            MedsegError: E_OUTPUT, and what the writers refuse.
+        """
+        from medseg.formats.dicom.series import series_files
+
+        unfinished = folder / f".{uuid.uuid4().hex}"
+        names = self.names(case.case_id)
+        try:
+            unfinished.mkdir()
+            for form, name in zip(self.forms, names, strict=True):
+                if form is Form.NIFTI:
+                    write_label(unfinished / name, label)
+                else:
+                    source = series_files(case.images[0], self.reading)
+                    write_annotation(
+                        unfinished / name, form, indices, self.info.labels.foreground, source, self.algorithm
+                    )
+            return [(unfinished / name).replace(folder / name) for name in names]
+        except OSError as error:
+            raise MedsegError(
+                Code.OUTPUT,
+                "the files cannot be written",
+                where=case.case_id,
+                got=error.strerror or type(error).__name__,
+                remedy="check that the folder is writable and has room",
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The model, as written files name it."""
+        return Algorithm(f"medseg {self.info.model.get('name', 'model')}", __version__)
+
+    def _refuse_resampled(self, case: Case) -> None:
+        """Contours lie on the planes of the scan's files: a scan that must be resampled has no such planes."""
+        try:
+            read_grid(case.images[0], replace(self.reading, resample_irregular=False))
+        except MedsegError as error:
+            if error.code not in (Code.TILT, Code.GAP, Code.SPACING):
+                raise
+            raise MedsegError(
+                Code.OUTPUT,
+                "an RTSTRUCT cannot be written for a series that has to be resampled: contours lie on its slices",
+                where=case.case_id,
+                got=f"{error.code}: {error.message}",
+                remedy="use --format nifti,dicom-seg for this case",
+            ) from error
+
+
+def is_dicom_source(source: Source, reading: Reading) -> bool:
+    """True where a scan comes from DICOM files: a series, a folder or zip of one, a single file."""
+    if not isinstance(source, Path) or source.is_dir():
+        return True
+    from medseg.formats.dicom.archive import is_zip
+
+    kind = kind_of(source)
+    return kind is Kind.DICOM or (kind is None and (reading.without_preamble or is_zip(source)))
+
+
+def files_of(sources: Sequence[Source]) -> list[Path]:
+    """The files, folders or archives that a case is read from."""
+    return [path for source in sources for path in ([source] if isinstance(source, Path) else source.files)]
