@@ -29,8 +29,8 @@ types: $(DEV) ## static types
 
 check: lint types test ## all of the above but the demo
 
-clean: ## remove the environment, caches and builds; data, runs and predictions stay
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean: ## remove the environments, caches and builds; data, runs and predictions stay
+	rm -rf .venv .peers build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
