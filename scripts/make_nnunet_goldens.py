@@ -1,6 +1,6 @@
 """Ask the installed nnU-Net for its plans of made-up data sets: the expected values of tests/test_nnunet_plan.py.
 
-    .venv-peers/bin/python scripts/make_nnunet_goldens.py        # an environment with nnunetv2, see make_peers.py
+    python scripts/make_peers.py && .peers/bin/python scripts/make_nnunet_goldens.py
 
 Writes tests/goldens/nnunet_plans.json. The inputs are fingerprints (spacings and shapes), drawn from a fixed seed.
 """

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".peers"
-PACKAGES = ("monai>=1.6.1", "nibabel", "pydicom>=3.0.2", "pyjpegls", "dcm2niix", "SimpleITK")
+PACKAGES = ("monai>=1.6.1", "nibabel", "pydicom>=3.0.2", "pyjpegls", "dcm2niix", "SimpleITK", "nnunetv2>=2.8.1")
 """What is compared, and the decoder of JPEG-LS that pydicom takes up by itself."""
 
 
@@ -31,9 +31,9 @@ def python() -> Path:
 def make() -> None:
     """Make the environment. torch goes first and alone, in medseg's own range, as in the Makefile."""
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    torch = next(d for d in dependencies if d.startswith("torch>"))
+    torch, vision = (next(d for d in dependencies if d.startswith(f"{name}>")) for name in ("torch", "torchvision"))
     subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
-    for packages in ((torch,), (torch, *PACKAGES)):
+    for packages in ((torch,), (torch, vision, *PACKAGES)):
         subprocess.run([str(python()), "-m", "pip", "install", "--quiet", *packages], check=True)
 
 
