@@ -16,12 +16,21 @@ import pytest
 from dicom_images import CANARY, COLUMNS, PIXELS, ROWS, SLICES, make, only, refused, setting
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydicom.dataset import Dataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    RLELossless,
+)
 
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, find_series, is_dicom, open_volume
 from medseg.formats.dicom import files
+from medseg.formats.dicom.archive import is_zip
 from medseg.formats.dicom.series import assess
 
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -243,11 +252,69 @@ def test_damage_is_refused_and_nothing_else_happens(
         data = data[:place] + new + data[place + drop :]
     path = tmp_path_factory.mktemp("fuzz") / "a.dcm"
     path.write_bytes(data[: int(keep * len(data))])
-    scan = files.scan(path)
-    if scan.slices:
-        assess(scan.slices)
+    try:
+        scan = files.scan(path)  # itself refuses damaged zips, and "PK" may come first
+        if scan.slices:
+            assess(scan.slices)
+    except MedsegError:
+        assert is_zip(path)
     try:
         volume = open_volume(path)
     except MedsegError:
         return
     assert volume.array.dtype == np.float32
+
+
+def test_a_preamble_may_hold_anything(tmp_path: Path) -> None:
+    for path in make(tmp_path):
+        path.write_bytes(b"PK\3\4" + path.read_bytes()[4:])
+    assert len(files.scan(path).slices) == 1
+    assert open_volume(path).grid.shape[2] == 1
+
+
+def test_a_pipe_alone_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MedsegError) as caught:
+        files.scan(tmp_path / "pipe")
+    assert caught.value.code is Code.UNSUPPORTED
+
+
+def test_links_alone_are_named(tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for path in make(tmp_path / "s"):
+        (tmp_path / "links" / path.name).symlink_to(path)
+    error = refused(tmp_path / "links", Code.NOT_DICOM)
+    assert error.got == "6 link" and "links are not followed" in str(error.remedy)
+
+
+def test_empty_files_without_an_ending_are_noted(tmp_path: Path) -> None:
+    for path in make(tmp_path, only(0, 1, 2, 3, 4)):
+        path.rename(path.with_suffix(""))
+    (tmp_path / "s05").touch()
+    (tmp_path / ".marker").touch()
+    (note,) = open_volume(tmp_path).notes
+    assert note == "slices may be missing: 1 empty files lie beside the images"
+
+
+def test_many_frames_are_refused_before_one_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, lambda ds, k: (only(0)(ds, k), setting(NumberOfFrames=100_000)(ds, k)))
+    monkeypatch.setattr("medseg.formats.dicom.series.expanded", lambda item: pytest.fail("frames were made"))
+    refused(tmp_path, Code.TRUNCATED)
+
+
+@pytest.mark.parametrize("size", [(COLUMNS, ROWS - 1), (ROWS, COLUMNS), (3000, 3000)], ids=["cut", "turned", "bomb"])
+@pytest.mark.parametrize(("form", "syntax"), [("JPEG", JPEGBaseline8Bit), ("JPEG2000", JPEG2000Lossless)])
+def test_compressed_images_of_another_size(tmp_path: Path, size: tuple[int, int], form: str, syntax: str) -> None:
+    code = io.BytesIO()
+    Image.new("L", size).save(code, form)
+
+    def change(ds: Dataset, k: int) -> None:
+        only(0)(ds, k)
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
+        ds.PixelData = encapsulate([code.getvalue()])
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+
+    make(tmp_path, change)
+    error = refused(tmp_path, Code.MALFORMED)
+    assert error.got == "{} × {}".format(*size)

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.dicom import irregular
-from medseg.formats.dicom.irregular import plan_grid, regularised
+from medseg.formats.dicom.irregular import plan_grid
 
 Float = NDArray[np.float64]
 
@@ -26,6 +26,19 @@ EVEN = [2.0] * 12
 GAPS = [2.0, 2.0, 4.0, 2.0, 6.0, 2.0, 2.0, 2.0, 2.0]
 UNEVEN = [2.1] * 5 + [1.1] + [3.4] * 4
 SIGMA = 3.0
+
+
+def regularised(
+    array: NDArray[np.float32],
+    positions: Float,
+    orientation: Float,
+    spacing: tuple[float, float],
+    *,
+    where: object = None,
+) -> tuple[NDArray[np.float32], Float, str]:
+    """What `series` does with an irregular stack: plan from the headers, then resample; array, LPS affine, note."""
+    plan = plan_grid((array.shape[1], array.shape[2]), positions, orientation, spacing, where=where)
+    return irregular.resampled(array, plan), plan.affine_lps, plan.note
 
 
 class Series:

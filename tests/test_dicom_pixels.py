@@ -122,8 +122,12 @@ def test_modality_lut(tmp_path: Path) -> None:
         item["LUTDescriptor"].VR, item["LUTData"].VR = "US", "OW"
         ds.ModalityLUTSequence = [item]
 
-    make(tmp_path, change)
-    np.testing.assert_array_equal(open_volume(tmp_path).array[0], table[PIXELS.transpose(INDEX_ORDER)])
+    make(tmp_path / "plain", change)
+    np.testing.assert_array_equal(open_volume(tmp_path / "plain").array[0], table[PIXELS.transpose(INDEX_ORDER)])
+
+    make(tmp_path / "inverted", lambda ds, k: (change(ds, k), setting(PhotometricInterpretation="MONOCHROME1")(ds, k)))
+    inverted = table[4095 - PIXELS.transpose(INDEX_ORDER)]
+    np.testing.assert_array_equal(open_volume(tmp_path / "inverted").array[0], inverted)
 
 
 RAMPS = (np.arange(24)[:, None] * 30 + np.arange(32) * 70 + np.arange(SLICES)[:, None, None] * 11).astype(np.uint16)

@@ -236,6 +236,35 @@ def test_two_slices_are_a_volume_with_a_warning(tmp_path: Path) -> None:
 def test_another_frame_of_reference_does_not_fit(tmp_path: Path) -> None:
     make(tmp_path, lambda ds, k: setting(FrameOfReferenceUID="1.2.9" if k < 4 else "1.2.8")(ds, k))
     refused(tmp_path, Code.MIXED)
+    frames = ["", "1.2.9", "1.2.9", "1.2.9", "1.2.8", "1.2.8"]
+    make(tmp_path / "first without", lambda ds, k: setting(FrameOfReferenceUID=frames[k])(ds, k))
+    refused(tmp_path / "first without", Code.MIXED)
+    make(tmp_path / "one without", lambda ds, k: setting(FrameOfReferenceUID="" if k == 0 else "1.2.9")(ds, k))
+    assert open_volume(tmp_path / "one without").grid.shape[2] == SLICES
+
+
+def test_patients_that_share_a_series_are_not_stacked(tmp_path: Path) -> None:
+    make(tmp_path, lambda ds, k: setting(PatientID=CANARY if k < 4 else CANARY + "2")(ds, k))
+    assert refused(tmp_path, Code.MIXED).got == "2 of them"
+
+
+def test_a_few_slices_gone_wrong_are_no_localizer(tmp_path: Path) -> None:
+    def tilted(degrees: float, *kept: int) -> Callable[[Dataset, int], None]:
+        row = np.cos(np.deg2rad(degrees)) * ALONG_ROW + np.sin(np.deg2rad(degrees)) * NORMAL
+
+        def change(ds: Dataset, k: int) -> None:
+            only(*kept)(ds, k)
+            ds.ImageOrientationPatient = digits([*row, *DOWN_COLUMN])
+
+        return change
+
+    make(tmp_path / "last", only(0, 1, 2, 3, 4))
+    make(tmp_path / "last", tilted(0.2, 5), name="x")
+    refused(tmp_path / "last", Code.MIXED)
+    make(tmp_path / "many")
+    for number, degrees in enumerate((60, 70, 80, 90)):
+        make(tmp_path / "many", tilted(degrees, 0), name=f"x{number}_")
+    refused(tmp_path / "many", Code.MIXED)
 
 
 @settings(max_examples=25, deadline=None)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from medseg.errors import Code, MedsegError
+from medseg.formats.content import DICOM_MAGIC, DICOM_PREAMBLE_BYTES, is_dicom_start
 from medseg.formats.limits import MAX_DEFLATE_RATIO, RATIO_SLACK_BYTES
 
 ZIP_MAGICS = (b"PK\3\4", b"PK\5\6")
@@ -49,12 +50,13 @@ _lock = threading.Lock()
 
 
 def is_zip(path: Path) -> bool:
-    """True for a regular file that begins as a zip, whatever its name says."""
+    """True for a regular file that begins as a zip, whatever its name says; not for DICOM, whose preamble is free."""
     try:
         if not path.is_file():
             return False
         with path.open("rb") as stream:
-            return stream.read(4) in ZIP_MAGICS
+            start = stream.read(DICOM_PREAMBLE_BYTES + len(DICOM_MAGIC))
+        return start.startswith(ZIP_MAGICS) and not is_dicom_start(start)
     except OSError:  # whoever opens it as something else will say so
         return False
 

@@ -28,6 +28,11 @@ START_BYTES = 2**14
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 """Files of such names that are not DICOM are reported as damaged, others are left out."""
 
+LINKS = "link"
+"""Key in `Scan.others` of the links that were not followed."""
+EMPTY_FILES = "empty file"
+"""Key in `Scan.others` of the files without a byte whose names do not say what they are: slices that a copy lost?"""
+
 Progress = Callable[[int, int], None]
 """Called with (files done, all files)."""
 
@@ -66,7 +71,7 @@ class Scan:
     annotations: list[Path]
     """SEG and RTSTRUCT files."""
     others: dict[str, int]
-    """Other DICOM objects by kind ("SR", "DICOMDIR", …), and links that were not followed, and how many."""
+    """Other DICOM objects by kind ("SR", "DICOMDIR", …), and `LINKS` and `EMPTY_FILES`, and how many."""
     refusals: list[tuple[Path, MedsegError]]
     """Files and folders that cannot be read though they should, and why."""
 
@@ -87,11 +92,14 @@ def scan(path: Path, *, without_preamble: bool = False, progress: Progress | Non
         without_preamble: try DICOM on files without "DICM" at byte 128 too.
         progress: is told how far it is.
     Raises:
-        MedsegError: E_MISSING if there is nothing at the path; what `archive.unpacked` refuses.
+        MedsegError: E_MISSING if there is nothing at the path; E_UNSUPPORTED for a pipe or a device; what
+            `archive.unpacked` refuses.
     """
     path = Path(path)
     if not path.exists():
         raise MedsegError(Code.MISSING, "there is no such file or folder", where=path.name, remedy="check the path")
+    if not path.is_dir() and not path.is_file():
+        raise MedsegError(Code.UNSUPPORTED, "this is neither a folder nor a file", where=path.name)
     if is_zip(path):
         path = unpacked(path)
     others: Counter[str] = Counter()
@@ -107,7 +115,9 @@ def scan(path: Path, *, without_preamble: bool = False, progress: Progress | Non
             annotations.append(file)
         elif found is not None:
             others[kind_of_object(found)] += 1
-    left_out = len(annotations) + sum(others.values())
+        elif _is_lost(file):
+            others[EMPTY_FILES] += 1
+    left_out = len(annotations) + sum(count for kind, count in others.items() if kind not in (LINKS, EMPTY_FILES))
     if left_out:
         logger.info("%d DICOM objects are not images (SEG, RTSTRUCT, SR, …)", left_out)
     return Scan(tuple(slices), annotations, dict(others), sorted(refusals, key=lambda r: r[0]))
@@ -162,7 +172,7 @@ def _walk(root: Path, others: Counter[str], refusals: list[tuple[Path, MedsegErr
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.is_symlink():
-                        others["link"] += 1
+                        others[LINKS] += 1
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(Path(entry.path))
                     elif entry.is_file(follow_symlinks=False):
@@ -170,6 +180,12 @@ def _walk(root: Path, others: Counter[str], refusals: list[tuple[Path, MedsegErr
         except OSError as error:
             refusals.append((folder, cannot_open(folder, error)))
     return files
+
+
+def _is_lost(file: Path) -> bool:
+    """True for an empty file that may have been DICOM: a name without an ending, or one that ends in a number."""
+    named = not file.name.startswith(".") and (not file.suffix or file.suffix[1:].isdigit())
+    return named and file.stat().st_size == 0
 
 
 Found = Slice | str | MedsegError | None

@@ -52,8 +52,8 @@ FRAME_TAGS = (
     "ImageOrientationPatient",
     "PixelSpacing",
 )
-MAX_FRAMES = 2**20
-"""Most frames that a file may have."""
+MAX_FRAMES = 2**17
+"""Most frames that a file may have: each takes a kilobyte. A long functional MR has half of it."""
 
 _TAGS = tuple(tag_for_keyword(keyword) or 0 for keyword in FRAME_TAGS)
 

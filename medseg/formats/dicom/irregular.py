@@ -82,33 +82,6 @@ class Plan:
         return "resampled: " + ", ".join(parts) if parts else ""
 
 
-def regularised(
-    array: NDArray[np.float32],
-    positions: FloatArray,
-    orientation: FloatArray,
-    pixel_spacing: tuple[float, float],
-    *,
-    where: object = None,
-) -> tuple[NDArray[np.float32], FloatArray, str]:
-    """Resample a series with gantry tilt, missing slices or uneven spacing onto a regular rectangular grid.
-
-    Args:
-        array: float32 (slices, rows, columns).
-        positions: (slices, 3): centre of the first pixel of each slice, LPS mm, sorted along the normal.
-        orientation: (2, 3): direction cosines along a row and down a column, LPS.
-        pixel_spacing: distance between rows, then between columns, mm.
-        where: what messages call the series.
-    Returns:
-        float32 (slices', rows', columns'); the (4, 4) affine from (i along a row, j down a column, k from slice to
-        slice) to LPS mm; what was done, one sentence for `Volume.notes` ("" if the series was regular).
-    Raises:
-        MedsegError: as `plan_grid`.
-    """
-    _, rows, columns = array.shape
-    plan = plan_grid((rows, columns), positions, orientation, pixel_spacing, where=where)
-    return resampled(array, plan), plan.affine_lps, plan.note
-
-
 def plan_grid(
     matrix: tuple[int, int],
     positions: FloatArray,
@@ -121,10 +94,10 @@ def plan_grid(
 
     Args:
         matrix: (rows, columns) of each slice.
-        positions: as in `regularised`.
-        orientation: as in `regularised`.
-        pixel_spacing: as in `regularised`.
-        where: as in `regularised`.
+        positions: (slices, 3): centre of the first pixel of each slice, LPS mm, sorted along the normal.
+        orientation: (2, 3): direction cosines along a row and down a column, LPS.
+        pixel_spacing: distance between rows, then between columns, mm.
+        where: what messages call the series.
     Raises:
         MedsegError: E_SPACING for fewer than two slices or several at one height; E_GAP for a hole wider than
             `MAX_HOLE_MM`; E_LIMIT for a result larger than `MAX_VOXELS` or `MAX_GROWTH` times the series.

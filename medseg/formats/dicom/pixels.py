@@ -24,12 +24,14 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGExtended12Bit
 
 from medseg.errors import Code, MedsegError
+from medseg.formats.dicom.codestream import coded_size
 from medseg.formats.dicom.header import Slice
 from medseg.formats.dicom.parsing import inflate, quiet
 
@@ -241,11 +243,13 @@ def _decoded(items: Sequence[Slice]) -> Iterator[NDArray[Any]]:
         decoder = get_decoder(dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
         plugin = next((p for p in FASTEST if p in decoder.available_plugins), "")
         for item in items:
+            if item.encoding.syntax.is_encapsulated:
+                _check_coded_size(dataset, item)
             pixels, _ = decoder.as_array(dataset, index=item.frame or 0, decoding_plugin=plugin)
             if item.encoding.photometric == "PALETTE COLOR":
                 pixels = apply_color_lut(pixels, dataset)
             elif item.encoding.has_lut:
-                pixels = apply_modality_lut(_significant(pixels, item), dataset)
+                pixels = apply_modality_lut(_inverted(_significant(pixels, item), item), dataset)
             expected = item.matrix[::-1] + ((3,) if num_channels(item) == 3 else ())
             if pixels.shape != expected:
                 raise _truncated(path, f"{pixels.shape} pixels instead of {expected}")
@@ -269,6 +273,28 @@ def _dataset(item: Slice) -> Dataset:
     return dataset
 
 
+def _check_coded_size(dataset: Dataset, item: Slice) -> None:
+    """Refuse a compressed image of another size than the header's: decoders believe it, and ask for its memory.
+
+    Raises:
+        MedsegError: E_MALFORMED.
+    """
+    offsets = None
+    if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
+        offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
+    code = get_frame(dataset.PixelData, item.frame or 0, extended_offsets=offsets, number_of_frames=item.frames)
+    size = coded_size(code)
+    if size is not None and size != item.matrix:
+        raise MedsegError(
+            Code.MALFORMED,
+            "the compressed image has another size than the header says",
+            where=item.path.name,
+            expected="{} × {} pixels".format(*item.matrix),
+            got="{} × {}".format(*size),
+            remedy="the file is damaged or forged: export the series again",
+        )
+
+
 def _rescale(stored: NDArray[Any], item: Slice, out: NDArray[np.float32]) -> bool:
     """Stored values → values; see the module's docstring. True if there was padding."""
     encoding = item.encoding
@@ -277,9 +303,7 @@ def _rescale(stored: NDArray[Any], item: Slice, out: NDArray[np.float32]) -> boo
         return False
     values = _significant(stored, item)
     padding = _padding(stored, values, item)
-    if encoding.photometric == "MONOCHROME1":
-        lowest, highest = _range(encoding.bits_stored, encoding.signed)
-        values = lowest + highest - values.astype(np.int64)
+    values = _inverted(values, item)
     slope, intercept = encoding.slope, encoding.intercept
     if values.itemsize <= 2 and slope == 1 and intercept == int(intercept) and abs(intercept) < 2**23:
         out[:] = values  # float32 holds these and their sum exactly
@@ -303,6 +327,15 @@ def _significant(stored: NDArray[Any], item: Slice) -> NDArray[Any]:
         return stored
     significant: NDArray[Any] = (stored << above) >> (above + below)  # keeps the sign of signed types
     return significant
+
+
+def _inverted(values: NDArray[Any], item: Slice) -> NDArray[Any]:
+    """MONOCHROME1 as MONOCHROME2; see the module's docstring."""
+    encoding = item.encoding
+    if encoding.photometric != "MONOCHROME1":
+        return values
+    lowest, highest = _range(encoding.bits_stored, encoding.signed)
+    return lowest + highest - values.astype(np.int64)
 
 
 def _padding(stored: NDArray[Any], values: NDArray[Any], item: Slice) -> NDArray[np.bool_] | None:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.dicom import irregular
-from medseg.formats.dicom.files import Scan, SeriesInfo, describe, read_slices, scan
+from medseg.formats.dicom.files import EMPTY_FILES, LINKS, Scan, SeriesInfo, describe, read_slices, scan
 from medseg.formats.dicom.frames import expanded
 from medseg.formats.dicom.geometry import LPS_TO_RAS
 from medseg.formats.dicom.header import Slice
 from medseg.formats.dicom.pixels import check_readable, num_channels, read_pixels
-from medseg.formats.dicom.stack import Stack, arrange
+from medseg.formats.dicom.stack import Stack, arrange, check_claims
 from medseg.formats.reading import STRICT, Reading
 from medseg.volume import Grid, Volume
 
@@ -125,7 +125,12 @@ def _read_stack(source: Path | SeriesInfo, reading: Reading) -> tuple[Stack, lis
 
 
 def _expanded(slices: Iterable[Slice]) -> list[Slice]:
-    return [plane for item in slices for plane in expanded(item)]
+    """Files as their frames; what a header claims is judged before a frame is made of it."""
+    planes = []
+    for item in slices:
+        check_claims(item)
+        planes += expanded(item)
+    return planes
 
 
 def _check_readable(slices: Iterable[Slice], reading: Reading) -> None:
@@ -169,14 +174,16 @@ def _no_image(path: Path, found: Scan) -> MedsegError:
     if found.refusals:
         return found.refusals[0][1]
     objects = {**found.others, **({"SEG or RTSTRUCT": len(found.annotations)} if found.annotations else {})}
-    objects.pop("link", None)
+    is_dicom = any(kind not in (LINKS, EMPTY_FILES) for kind in objects)
     return MedsegError(
-        Code.UNSUPPORTED if objects else Code.NOT_DICOM,
+        Code.UNSUPPORTED if is_dicom else Code.NOT_DICOM,
         "there is no DICOM image here",
         where=path.name,
         expected='image files with "DICM" at byte 128, in the folder or below it',
         got=", ".join(f"{count} {kind}" for kind, count in objects.items()) or None,
-        remedy="check the path; files without a preamble are read with --without-preamble (Reading.without_preamble)",
+        remedy="links are not followed: give the folder that holds the files themselves"
+        if LINKS in objects
+        else "check the path; files without a preamble are read with --without-preamble (Reading.without_preamble)",
     )
 
 
@@ -186,6 +193,8 @@ def _check_damaged(slices: Sequence[Slice], found: Scan, notes: list[str]) -> No
     for file, error in found.refusals:
         if file.parent in folders:
             raise error
+    if EMPTY_FILES in found.others:
+        notes.append(f"slices may be missing: {found.others[EMPTY_FILES]} empty files lie beside the images")
     if found.refusals:
         notes.append(f"left out {len(found.refusals)} damaged files in other folders")
 
@@ -212,7 +221,9 @@ def _plan(stack: Stack) -> irregular.Plan:
     first = stack.first
     if first.orientation is None or first.pixel_spacing_mm is None:  # `arrange` has seen to it
         raise MedsegError(Code.NO_GEOMETRY, "a slice does not say where it lies", where=first.path.name)
-    return irregular.plan_grid(first.matrix[::-1], stack.positions, first.orientation, first.pixel_spacing_mm)
+    return irregular.plan_grid(
+        first.matrix[::-1], stack.positions, first.orientation, first.pixel_spacing_mm, where=first.uid
+    )
 
 
 def _planned_grid(plan: irregular.Plan) -> Grid:

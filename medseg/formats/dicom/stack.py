@@ -6,6 +6,7 @@ read but to compare two slices at one position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ PIXEL_SPACING_TOLERANCE = 1e-3
 """Relative difference of pixel spacing below which two slices belong to one stack."""
 MAX_LOCALIZER_IMAGES = 3
 """Slices of another orientation within a series that are taken for a localizer and left out (with a warning)."""
+LOCALIZER_DEGREES = 30.0
+"""Smallest angle of a localizer against the stack. A plane turned by less is rather a slice gone wrong."""
 SAME_POSITION_MM = 1e-3
 """Slices closer than this along the normal lie at one position."""
 MAX_SLICE_PIXELS = 2**28
@@ -59,18 +62,17 @@ def arrange(slices: Sequence[Slice], name: str) -> Stack:
     """Make a stack of the images of one series; a lone image without a position is a picture.
 
     Args:
-        slices: at least one; multi-frame files as their frames.
+        slices: at least one, whose files have passed `check_claims`; multi-frame files as their frames.
         name: what messages call the series.
     Raises:
         MedsegError: E_NO_GEOMETRY, E_MIXED, E_4D, E_DUPLICATE, E_SHEAR, E_AFFINE, E_LIMIT, E_TRUNCATED.
     """
     notes: list[str] = []
-    for item in slices:
-        _check_size(item)
     if len(slices) == 1 and (slices[0].position is None or slices[0].orientation is None):
         return Stack(tuple(slices), picture_grid(slices[0]), None, tuple(_remarks(slices)))
     for item in slices:
         _check_geometry(item, slices)
+    _check_patients(slices, name)
     _check_stacks(slices, name)
     stack = _one_stack(slices, name, notes)
     columns, rows = stack[0].matrix
@@ -89,8 +91,12 @@ def picture_grid(item: Slice) -> Grid:
     return Grid.of_picture(item.matrix[::-1], item.pixel_spacing_mm or item.imager_spacing_mm)
 
 
-def _check_size(item: Slice) -> None:
-    """Refuse an absurd size."""
+def check_claims(item: Slice) -> None:
+    """Refuse a file whose header asks for more pixels than it can hold.
+
+    Raises:
+        MedsegError: E_LIMIT, E_TRUNCATED.
+    """
     columns, rows = item.matrix
     if columns * rows > MAX_SLICE_PIXELS:
         raise MedsegError(
@@ -101,8 +107,6 @@ def _check_size(item: Slice) -> None:
             got=f"{columns} × {rows}",
             remedy="the header is damaged or forged: export the series again",
         )
-    if item.frame:  # the file has been checked with its first frame
-        return
     encoding = item.encoding
     shape = (columns, rows, encoding.samples, item.frames)
     whole = encoding.syntax.is_encapsulated or item.deflated_at is not None
@@ -132,6 +136,20 @@ def _check_geometry(item: Slice, slices: Sequence[Slice]) -> None:
             )
 
 
+def _check_patients(slices: Sequence[Slice], name: str) -> None:
+    """Refuse a SeriesInstanceUID that several patients share, as careless anonymising leaves it."""
+    patients = {s.patient_key for s in slices} - {""}
+    if len(patients) > 1:
+        raise MedsegError(
+            Code.MIXED,
+            "one series holds images of several patients",
+            where=name,
+            expected="one PatientID",
+            got=f"{len(patients)} of them",
+            remedy="move each patient's files into a folder of their own",
+        )
+
+
 def _check_stacks(slices: Sequence[Slice], name: str) -> None:
     """Refuse frames of several stacks."""
     stacks = {str(s.split["StackID"]) for s in slices if "StackID" in s.split}
@@ -156,7 +174,7 @@ def _several_volumes(slices: Sequence[Slice], trait: str, name: str) -> MedsegEr
 def _one_stack(slices: Sequence[Slice], name: str, notes: list[str]) -> list[Slice]:
     """The slices that share orientation, size, modality and frame of reference, if the rest is but a localizer."""
     groups: list[list[Slice]] = []
-    for item in slices:
+    for item in sorted(slices, key=lambda s: not s.frame_of_reference):  # a slice without one fits any
         group = next((g for g in groups if _fits(g[0], item)), None)
         if group is None:
             groups.append([item])
@@ -166,8 +184,9 @@ def _one_stack(slices: Sequence[Slice], name: str, notes: list[str]) -> list[Sli
     main, rest = groups[0], groups[1:]
     if not rest:
         return main
-    if len(main) > MAX_LOCALIZER_IMAGES and all(_is_localizer(group, main) for group in rest):
-        notes.append(f"left out {sum(len(group) for group in rest)} localizer images of another orientation")
+    others = sum(len(group) for group in rest)
+    if len(main) > MAX_LOCALIZER_IMAGES >= others and all(_is_localizer(group, main) for group in rest):
+        notes.append(f"left out {others} localizer images of another orientation")
         return main
     raise MedsegError(
         Code.MIXED,
@@ -194,12 +213,12 @@ def _same_orientation(a: Slice, b: Slice) -> bool:
 
 
 def _is_localizer(group: list[Slice], main: list[Slice]) -> bool:
-    """A few images of another orientation. Slices *parallel* to the stack may belong to it, so they are left out only
-    if they call themselves a localizer."""
+    """Images of quite another orientation. Slices nearly *parallel* to the stack may belong to it, so they are left
+    out only if they call themselves a localizer."""
     names_itself = all(b"LOCALIZER" in bytes(_split(s, "ImageType")).split(b"\\") for s in group)
-    parallel = _same_orientation(group[0], main[0])
-    same_modality = group[0].modality == main[0].modality
-    return len(group) <= MAX_LOCALIZER_IMAGES and same_modality and (names_itself or not parallel)
+    cosine = abs(float(geometry.plane_normal(group[0]) @ geometry.plane_normal(main[0])))
+    turned = cosine < math.cos(math.radians(LOCALIZER_DEGREES))
+    return group[0].modality == main[0].modality and (names_itself or turned)
 
 
 def _split(item: Slice, tag: str) -> bytes:
