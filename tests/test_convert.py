@@ -326,6 +326,30 @@ def test_annotations_of_other_images_are_refused(tree: Tree, tmp_path: Path, cap
     assert "E_GRID" in refused(capsys, tree.seg, tmp_path / "x.nii.gz", "--image", tmp_path / "finer")
 
 
+def test_a_source_is_never_replaced(tree: Tree, whole_tree: Path, capsys) -> None:
+    victim = sorted((whole_tree / "a" / "ct").iterdir())[0]
+    before = victim.read_bytes()
+    arguments = (tree.label, victim, "--image", victim.parent, "--labels", "{liver: 1, spleen: 2}")
+    message = refused(capsys, *arguments, "--format", "dicom-seg", "--overwrite")
+    assert "E_OUTPUT" in message and "made from" in message
+    assert victim.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["seg", "rtstruct"])
+def test_another_frame_of_reference_is_refused(kind: str, tree: Tree, tmp_path: Path, capsys) -> None:
+    """Even of the right series: somebody registered or moved it since, and the grid fits all the same."""
+    drawn = tmp_path / f"moved.{kind}.dcm"
+    dataset = pydicom.dcmread(tree.seg if kind == "seg" else tree.rtstruct)
+    frame = dataset.FrameOfReferenceUID
+    dataset.walk(lambda ds, element: setattr(element, "value", "1.2.3.4") if element.value == frame else None)
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3.5"
+    dataset.save_as(drawn)
+    assert read_annotation(drawn).frame_of_reference == "1.2.3.4"
+    message = refused(capsys, drawn, tmp_path / "x.nii.gz", "--image", tree.series)
+    assert "E_REFERENCE" in message and "another frame of reference" in message
+    assert not (tmp_path / "x.nii.gz").exists()
+
+
 def test_what_makes_no_sense_is_refused(tree: Tree, tmp_path: Path, capsys) -> None:
     out = tmp_path / "x.nii.gz"
     assert "E_MISSING" in refused(capsys, tmp_path / "nothing", out)

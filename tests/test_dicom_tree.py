@@ -255,6 +255,22 @@ def test_overlaps_without_a_table_are_refused(tmp_path: Path) -> None:
     assert "'data.labels={gtv: [gtv], over: [over]}'" in str(error.remedy)
 
 
+def test_what_several_annotations_hold_of_a_class_is_united_and_said(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "ct", 1, [GTV, CORD])
+    write_rtstruct(tmp_path / "first.dcm", files, {"GTV": GTV})
+    larger = ((GTV[0][0], GTV[0][1] + 2), *GTV[1:])
+    write_rtstruct(tmp_path / "second.dcm", files, {"gtv ": larger})
+    found = look(find_cases(tmp_path))
+    assert found.cases[0].label_voxels[1] == box_mask(larger).sum() > box_mask(GTV).sum()
+    (note,) = found.cases[0].notes
+    assert "united" in note and "GTV" in note
+    write_rtstruct(tmp_path / "second.dcm", files, {"cord": CORD})
+    assert look(find_cases(tmp_path)).cases[0].notes == ()
+    write_rtstruct(tmp_path / "second.dcm", files, {"GTV": larger, "over": OVER})
+    error = refused(Code.LABEL, lambda: look(find_cases(tmp_path)))
+    assert "voxels lie in several classes" in str(error.got) and "united" not in str(error.got)
+
+
 # what is bad
 
 

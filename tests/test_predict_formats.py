@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pydicom
 import pytest
 
 from medseg import __version__
+from medseg.bundle import BundleInfo
 from medseg.cli import main
 from medseg.errors import Code, MedsegError
-from medseg.formats import open_label, read_grid, write_image
+from medseg.formats import STRICT, open_label, read_grid, write_image
 from medseg.formats.dicom.annotations import masks, read_annotation
 from medseg.formats.dicom.export import Form, forms_of
+from medseg.inference.export import Export
 from medseg.labels import TABLE_FILE
 from medseg.phantom import write_dicom_series
 from medseg.volume import Grid, Volume
@@ -81,6 +84,26 @@ def test_a_nifti_scan_has_no_dicom_to_refer_to(tiny_run, tmp_path: Path, capsys)
     message = refused(capsys, tiny_run.run, scan, tiny_run.dicom, "-o", tmp_path / "out", "--format", "dicom-seg")
     assert "E_OUTPUT" in message and scan.name.removesuffix("_0000.nii.gz") in message
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_drawn_on_is_refused_before_any_work(tiny_run, tmp_path: Path, capsys) -> None:
+    root, out = tmp_path / "export", tmp_path / "out"
+    for name in ("a", "b"):
+        image = Volume(np.zeros((1, 20, 18, 9), dtype=np.float32), Grid((20, 18, 9), np.diag([2.0, 2.0, 4.0, 1.0])))
+        write_dicom_series(root / name, image, uid_seed=name, patient_id=name)
+    for path in (root / "b").iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.FrameOfReferenceUID = ""
+        dataset.save_as(path)
+    for form in ("dicom-seg", "rtstruct"):
+        message = refused(capsys, tiny_run.run, root, "-o", out, "--format", form)
+        assert "E_NO_GEOMETRY" in message and "where:    b\n" in message
+    assert not out.exists()
+    info = BundleInfo.read(tiny_run.run)
+    pictures = replace(info, plan=replace(info.plan, orientation=""))
+    with pytest.raises(MedsegError, match="E_OUTPUT"):
+        Export(pictures, (Form.NIFTI, Form.RTSTRUCT), STRICT).check([])
+    Export(pictures, (Form.NIFTI, Form.DICOM_SEG), STRICT).check([])
 
 
 def test_every_file_of_a_case_is_kept_unless_told(tiny_run, tmp_path: Path, capsys) -> None:
@@ -158,6 +181,22 @@ def test_a_tree_and_a_zip_of_series(tiny_run, tmp_path: Path) -> None:
     predict(tiny_run.run, root, "-o", tmp_path / "one", "--series", uid)
     (label,) = (tmp_path / "one").glob("*.nii.gz")
     assert read_grid(label).shape == (20, 18, 9)
+
+
+def test_slices_without_preamble_are_one_series(tiny_run, tmp_path: Path, capsys) -> None:
+    """Named .dcm they look like single images, each a case of its own."""
+    old, out = tmp_path / "old", tmp_path / "out"
+    shutil.copytree(tiny_run.dicom, old)
+    for path in old.iterdir():
+        path.write_bytes(path.read_bytes()[132:])
+    assert "E_OUTPUT" in refused(capsys, tiny_run.run, old, "-o", out, "--format", ALL)
+    predict(tiny_run.run, old, "-o", out, "--format", ALL, "--without-preamble")
+    names = {"old.nii.gz", "old.seg.dcm", "old.rtstruct.dcm"}
+    assert files_in(out) == {*names, TABLE_FILE}
+    label = open_label(out / "old.nii.gz")
+    grid = read_grid(tiny_run.dicom)
+    for name in ("old.seg.dcm", "old.rtstruct.dcm"):
+        assert np.array_equal(indices_of(out / name, grid), label.reoriented(grid.orientation).array)
 
 
 def test_pictures_stay_png(tiny_run, tmp_path: Path, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def mark(path: Path) -> None:
     dataset.save_as(path, enforce_file_format=True)
 
 
+def draw_twice(path: Path) -> None:
+    """Copy a contour, which readers warn of: the log of a run must not say in which file."""
+    dataset = pydicom.dcmread(path)
+    contours = dataset.ROIContourSequence[0].ContourSequence
+    contours.append(deepcopy(contours[0]))
+    dataset.save_as(path)
+
+
 def write_tree(root: Path) -> None:
     """Five patients in folders and files of their names; images that are gone, a cut file, a missing slice."""
     for number in range(5):
@@ -75,6 +84,7 @@ def write_tree(root: Path) -> None:
         files = write_series(folder, number, [GTV, CORD])
         write = write_seg if number % 2 else write_rtstruct
         write(folder.parent / "drawn" / "annotation.dcm", files, {"GTV-1": GTV, "cord": CORD})
+    draw_twice(root / f"{CANARY} 0" / "study" / "drawn" / "annotation.dcm")
     alone = write_series(root / "gone", 7, [GTV])
     write_rtstruct(root / f"{CANARY} 6" / "orphan.dcm", alone, {"GTV-1": GTV})
     for path in alone:
@@ -131,6 +141,7 @@ def test_the_run_went_through(traces: Traces) -> None:
     assert info.structures == {"tumour": ("GTV-1",), "cord": ("cord",)}
     assert "E_REFERENCE" in traces.console
     assert "E_GAP" in traces.console
+    assert "copies of others" in (traces.run / "train.log").read_text()
     kinds = {path.suffix for path in traces.run.rglob("*") if path.is_file()}
     assert {".csv", ".json", ".png", ".log", ".gz", ".safetensors", ".yaml"} <= kinds
     assert list(traces.run.rglob("events.out.tfevents*"))

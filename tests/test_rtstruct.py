@@ -44,6 +44,28 @@ def test_contours_on_a_slice_are_combined_by_exclusive_or(tmp_path: Path) -> Non
     np.testing.assert_array_equal(mask, expected)
 
 
+def test_copies_of_a_contour_count_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By exclusive or, a slice that was written twice would be empty, and a hole that was written twice filled."""
+    outer, hole = square(GRID, 4, 0.5, 8.5), square(GRID, 4, 2.5, 6.5)
+    once = read(write_contours(tmp_path / "once.dcm", [outer, hole, square(GRID, 5)]), GRID)[7]
+    assert not caplog.text
+    twice = read(write_contours(tmp_path / "twice.dcm", [outer, hole, outer, hole, square(GRID, 5)]), GRID)[7]
+    np.testing.assert_array_equal(twice, once)
+    assert once[1, 1, 4] and not once[4, 4, 4]
+    assert "GTV-1: 2 contours are copies of others" in caplog.text
+
+
+def test_the_log_names_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run keeps its log, and exports are named after patients."""
+    contours = ["1\\2\\3", *planes(1.3, 3.3, 5.3), square(GRID, 7.3, -5.5, 2.5), square(GRID, 7.3, -5.5, 2.5)]
+    kinds = ["POINT", *["CLOSED_PLANAR"] * 5]
+    read(write_contours(tmp_path / "MILLER_JOHN.dcm", contours, kinds=kinds), GRID)
+    for words in ("left out", "copies", "cut off", "beside the slices", "stay empty"):
+        assert words in caplog.text
+    assert "MILLER" not in caplog.text
+    assert "RTSTRUCT_" in caplog.text
+
+
 @pytest.mark.parametrize(
     "syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
 )

@@ -125,18 +125,28 @@ def _referenced(annotation: Annotation, image: Path, options: Options) -> Source
     """The series in `image` that the annotation refers to, by its UID, else by the frame of reference.
 
     Raises:
-        MedsegError: E_REFERENCE where it refers to others: another patient's grid may fit by chance.
+        MedsegError: E_REFERENCE where it refers to others, or to this one in another frame of reference: another
+            patient's grid may fit by chance.
     """
     if image.is_file() and kind_of(image) in (Kind.NIFTI, Kind.PICTURE):
         return image  # nothing tells whether it belongs: the grid must fit
     found = [s for s in look(image, options).series if options.reading.series in (None, s.info.uid)]
-    same_space = [
-        s for s in found if annotation.frame_of_reference and s.frame_of_reference == annotation.frame_of_reference
-    ]
-    fitting = [s for s in found if s.info.uid in annotation.series] or same_space
+    space = annotation.frame_of_reference
+    named = [s for s in found if s.info.uid in annotation.series]
+    same_space = [s for s in found if space is not None and s.frame_of_reference == space]
+    fitting = [s for s in named or same_space if space is None or s.frame_of_reference in (None, space)]
+    if named and not fitting:
+        raise MedsegError(
+            Code.REFERENCE,
+            "this file was drawn in another frame of reference than its images lie in",
+            where=annotation.path.name,
+            expected=f"the frame of reference {space}",
+            got=", ".join(str(series.frame_of_reference) for series in named),
+            remedy="export the images and the structures together again",
+        )
     if len(fitting) == 1:
         return fitting[0].info
-    if fitting or not found or not (annotation.series or annotation.frame_of_reference):
+    if fitting or not found or not (annotation.series or space):
         return image  # the reader says that there are several, or none
     raise MedsegError(
         Code.REFERENCE,

@@ -9,7 +9,7 @@ import yaml
 
 from medseg.data.structure_table import BACKGROUND, MAX_CLASSES, StructureTable, declared_table
 from medseg.errors import Code, MedsegError, nearest
-from medseg.formats.dicom.annotations import DrawnLabel, folded, read_label
+from medseg.formats.dicom.annotations import DrawnLabel, folded, overlap_of, read_label
 from medseg.formats.dicom.structures import Annotation
 from medseg.volume import Grid, Volume
 
@@ -66,14 +66,15 @@ def draw_label(table: StructureTable, annotations: Sequence[Annotation], grid: G
             got=error.got,
             remedy=f"name the structures of this image too: {EXAMPLE}",
         ) from error
-    if volume.notes and not table.is_declared:
+    overlap = overlap_of(volume.notes)
+    if overlap is not None and not table.is_declared:
         whole = {name: list(structures) for name, structures in table.classes.items()}
         pasted = shlex.quote(yaml.safe_dump(whole, default_flow_style=True, sort_keys=False, width=10**6).strip())
         raise MedsegError(
             Code.LABEL,
             "structures overlap, and a label file holds one per voxel",
             where=name,
-            got=volume.notes[0].partition(";")[0],
+            got=overlap,
             remedy=f"choose some, those that win last: --labels {pasted}; or --separate: a file for each",
         )
     return volume

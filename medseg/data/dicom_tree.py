@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -115,23 +114,18 @@ def _without_annotations(catalog: Catalog) -> MedsegError:
 
 def _problems(catalog: Catalog) -> tuple[tuple[str, MedsegError], ...]:
     """Orphans under a digest of their UID, and the damaged files together."""
-    problems = [(annotation_name(annotation), _orphan(annotation, why)) for annotation, why in catalog.orphans]
+    problems = [(annotation.pseudonym, _orphan(annotation, why)) for annotation, why in catalog.orphans]
     if catalog.damaged:
         remedy = "export or copy them again, or leave them out with data.on_bad_case=skip"
         problems.append((DAMAGED, damage(catalog.damaged, remedy)))
     return tuple(sorted(problems, key=lambda p: p[0]))
 
 
-def annotation_name(annotation: Annotation) -> str:
-    """A name for an annotation that tells nothing about the patient: its kind and a digest of its SOPInstanceUID."""
-    return f"{annotation.kind}_{hashlib.sha256(annotation.uid.encode()).hexdigest()[:6]}"
-
-
 def _orphan(annotation: Annotation, why: str) -> MedsegError:
     return MedsegError(
         Code.REFERENCE,
         "an annotation belongs to no series: " + why.removeprefix(f"{Code.REFERENCE}: "),
-        where=annotation_name(annotation),
+        where=annotation.pseudonym,
         got=f"file {annotation.path.name}",
         remedy="add the images that it was drawn on, or leave it out with data.on_bad_case=skip",
     )

@@ -22,6 +22,7 @@ from medseg.data.layouts import (
 )
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading, Source, is_dicom, is_image_file, strip_suffix
+from medseg.formats.content import kind_of
 from medseg.formats.dicom.archive import is_zip, unpacked
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ def _inputs_of_folder(folder: Path, num_channels: int | None, modality: str | No
         found = image_entries(inside)
         images, _ = split_off_labels({name: files[0] for name, files in found.items()})
         entries = {name: found[name] for name in images}
+    slices = {name for name, files in entries.items() if reading.without_preamble and any(map(_is_unknown, files))}
+    entries = {name: files for name, files in entries.items() if name not in slices}
     dicom = {name for name, files in entries.items() if all(isinstance(f, Path) and f.is_dir() for f in files)}
     joined = {name for name in dicom if len(entries[name]) > 1 and len(entries[name]) == num_channels}
-    if not entries or dicom - joined:
+    if not entries or slices or dicom - joined:
         kept = {name: files for name, files in entries.items() if name not in dicom - joined}
         entries = kept | _series_of_tree(inside, [inside / name for name in joined], modality, reading)
     if not entries:
@@ -106,6 +109,11 @@ def _inputs_of_folder(folder: Path, num_channels: int | None, modality: str | No
             got="the folder holds " + (name_some(p.name + "/" * p.is_dir() for p in visible(folder)) or "nothing"),
         )
     return entries
+
+
+def _is_unknown(source: Source) -> bool:
+    """A file whose content tells nothing: without a preamble, each slice of a series is one."""
+    return isinstance(source, Path) and source.is_file() and kind_of(source) is None
 
 
 def _series_of_tree(folder: Path, without: Sequence[Path], modality: str | None, reading: Reading) -> Entries:

@@ -16,7 +16,7 @@ from typing import Any
 
 from medseg.data.layouts import MAX_NAMED, Case, name_some
 from medseg.errors import Code, MedsegError, nearest
-from medseg.formats.dicom.annotations import DrawnLabel, folded
+from medseg.formats.dicom.annotations import DrawnLabel, folded, overlap_of
 from medseg.labels import Labels
 
 MAX_CLASSES = 255
@@ -174,7 +174,7 @@ def refuse_overlap(notes: Iterable[str], case_id: str, table: StructureTable) ->
     Raises:
         MedsegError: E_LABEL.
     """
-    overlap = next(iter(notes), None)
+    overlap = overlap_of(notes)
     if overlap is None or table.is_declared:
         return
     raise MedsegError(
@@ -182,7 +182,7 @@ def refuse_overlap(notes: Iterable[str], case_id: str, table: StructureTable) ->
         "structures overlap, and nobody said which class takes these voxels",
         where=case_id,
         expected="classes without common voxels, or a table in data.labels: its later classes win",
-        got=overlap.partition(";")[0],
+        got=overlap,
         remedy=override(table.classes) + " in the order that you want",
     )
 

@@ -18,6 +18,8 @@ from medseg.formats.dicom.export import ENDINGS, Form, write_annotation
 from medseg.formats.dicom.structures import Algorithm
 from medseg.volume import Volume
 
+FRAME_OF_REFERENCE_TAG = 0x0020_0052
+
 
 @dataclass(frozen=True)
 class Export:
@@ -37,11 +39,18 @@ class Export:
         """Refuse cases of which a file could not be written, before any work.
 
         Raises:
-            MedsegError: E_OUTPUT naming the case.
+            MedsegError: E_OUTPUT, or E_NO_GEOMETRY for images without a frame of reference, naming the case.
         """
         drawn = [form for form in self.forms if form is not Form.NIFTI]
+        what = " and ".join(drawn)
+        if Form.RTSTRUCT in drawn and not self.info.plan.orientation:
+            raise MedsegError(
+                Code.OUTPUT,
+                "the model segments pictures, and contours lie in space",
+                where=f"--format {Form.RTSTRUCT}",
+                remedy=f"use --format nifti,{Form.DICOM_SEG}",
+            )
         for case in cases if drawn else ():
-            what = " and ".join(drawn)
             if not is_dicom_source(case.images[0], self.reading):
                 raise MedsegError(
                     Code.OUTPUT,
@@ -53,6 +62,8 @@ class Export:
                 )
             if Form.RTSTRUCT in drawn and self.reading.resample_irregular:
                 self._refuse_resampled(case)
+            if self.info.plan.orientation:
+                self._refuse_without_space(case, what)
 
     def name(self, case_id: str, form: Form) -> str:
         """Name of a case's file, known before the scan is read."""
@@ -121,6 +132,26 @@ class Export:
                 got=f"{error.code}: {error.message}",
                 remedy="use --format nifti,dicom-seg for this case",
             ) from error
+
+    def _refuse_without_space(self, case: Case, what: str) -> None:
+        """What is drawn lies in the frame of reference of its images. A series that cannot be read is left to who reads
+        it: cases before it are still written."""
+        from medseg.formats.dicom.parsing import parse
+        from medseg.formats.dicom.series import series_files
+
+        try:
+            first = series_files(case.images[0], self.reading)[0]
+            header, *_ = parse(first, [FRAME_OF_REFERENCE_TAG], without_preamble=self.reading.without_preamble)
+        except MedsegError:
+            return
+        if not header.get("FrameOfReferenceUID"):
+            raise MedsegError(
+                Code.NO_GEOMETRY,
+                f"the images name no frame of reference, so a {what} of them would lie nowhere",
+                where=case.case_id,
+                expected="FrameOfReferenceUID",
+                remedy="leave --format out for NIfTI",
+            )
 
 
 def is_dicom_source(source: Source, reading: Reading) -> bool:

@@ -2,13 +2,13 @@
 
 The rule of overlaps: a label map holds one class per voxel, so where structures of two classes overlap, the class that
 stands later in the table wins. Whoever writes the table chooses; `read_label` says how many voxels
-it concerns.
+it concerns. What several files hold of one class is united, and said too: they may be versions of one drawing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,11 @@ from medseg.formats.dicom.structures import Annotation
 from medseg.volume import Grid, Volume
 
 logger = logging.getLogger(__name__)
+
+OVERLAP = "voxels lie in several classes"
+"""What `read_label` notes of overlapping classes, behind their number."""
+MAX_NAMED = 10
+"""Most structures that a note names."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ def read_label(label: DrawnLabel, grid: Grid) -> Volume:
     """A label map from the structures that a table names.
 
     Returns:
-        uint8, shape grid.shape: 0, and 1, 2, … as in `label.classes`.
+        uint8, shape grid.shape: 0, and 1, 2, … as in `label.classes`. Its notes tell of overlaps, and of classes that
+        several annotations hold.
     Raises:
         MedsegError: E_LABEL if the annotations hold none of the structures; as `masks`.
     """
@@ -66,13 +72,17 @@ def read_label(label: DrawnLabel, grid: Grid) -> Volume:
     indices = np.zeros(grid.shape, dtype=np.uint8)
     overlap = 0
     found: set[int] = set()
+    united: list[str] = []
     for value, names in enumerate(wanted, start=1):
         mine = np.zeros(grid.shape, dtype=np.bool_)
-        for annotation in label.annotations:
+        holders = [a for a in label.annotations if any(folded(s.name) in names for s in a.structures)]
+        for annotation in holders:
             numbers = [s.number for s in annotation.structures if folded(s.name) in names]
-            for _, mask in masks(annotation, grid, numbers) if numbers else ():
+            for _, mask in masks(annotation, grid, numbers):
                 mine |= mask
                 found.add(value)
+        if len(holders) > 1:
+            united += dict.fromkeys(s.name for a in holders for s in a.structures if folded(s.name) in names)
         overlap += int(np.count_nonzero(indices[mine]))
         indices[mine] = value
     if not found:
@@ -84,10 +94,24 @@ def read_label(label: DrawnLabel, grid: Grid) -> Volume:
             got=", ".join(s.name for a in label.annotations for s in a.structures) or "no structure",
             remedy="name the structures of this case in data.labels too: data.labels={tumour: [GTV-1, gtv]}",
         )
-    notes = (f"{overlap} voxels lie in several classes; the later class in the table took them",) if overlap else ()
+    notes = _notes(overlap, united)
     for note in notes:
         logger.warning("%s: %s", label.name, note)
     return Volume(indices, grid, notes=notes)
+
+
+def overlap_of(notes: Iterable[str]) -> str | None:
+    """How many voxels lie in several classes, in words; None where `read_label` notes none."""
+    return next((note.partition(";")[0] for note in notes if OVERLAP in note), None)
+
+
+def _notes(overlap: int, united: Sequence[str]) -> tuple[str, ...]:
+    """What is to be known of a label map: voxels in several classes, structures out of several annotations."""
+    notes = [f"{overlap} {OVERLAP}; the later class in the table took them"] if overlap else []
+    if united:
+        named = ", ".join(united[:MAX_NAMED]) + (f" and {len(united) - MAX_NAMED} more" * (len(united) > MAX_NAMED))
+        notes.append(f"several annotations hold {named}: what they drew was united; are they versions of one drawing?")
+    return tuple(notes)
 
 
 def read_annotation(path: Path) -> Annotation:

@@ -37,15 +37,17 @@ PixelSpacing has six digits; rounding errors must not decide which of those voxe
 FloatArray = NDArray[np.float64]
 
 
-def voxels(contours: list[FloatArray], grid: Grid, where: str) -> NDArray[np.bool_]:
+def voxels(contours: list[FloatArray], grid: Grid, where: str, name: str) -> NDArray[np.bool_]:
     """The voxels of one region.
 
     Args:
         contours: closed polygons, (n, 3) each, LPS mm; none for an empty region.
         grid: of the image, 3D, its axes in any order.
-        where: what messages call the region.
+        where: what refusals call the region.
+        name: what the log calls it; no file name, since names of files may hold the patient's.
     Returns:
-        bool, grid.shape; what lies beyond the image's edge is cut off.
+        bool, grid.shape; what lies beyond the image's edge is cut off. Copies of a contour count once: by exclusive or
+        they would undo each other.
     Raises:
         MedsegError: E_GRID if a contour does not lie in a slice of the grid, or wholly outside of it.
     """
@@ -54,10 +56,11 @@ def voxels(contours: list[FloatArray], grid: Grid, where: str) -> NDArray[np.boo
         return mask
     every = np.round(grid.to_index(np.concatenate(contours) @ LPS_TO_RAS[:3, :3]), SNAP_DECIMALS)
     points = np.split(every, np.cumsum([len(contour) for contour in contours])[:-1])
-    axis, slices = _slices(points, grid, where)
+    axis, slices = _slices(points, grid, where, name)
     in_plane = [a for a in range(3) if a != axis]
     last = np.array([grid.shape[a] for a in in_plane]) - 0.5
-    num_cut = 0
+    num_cut = num_copies = 0
+    drawn: set[tuple[int, bytes]] = set()
     for contour, index in zip(points, slices, strict=True):
         flat = contour[:, in_plane]
         low, high = flat.min(axis=0), flat.max(axis=0)
@@ -68,15 +71,21 @@ def voxels(contours: list[FloatArray], grid: Grid, where: str) -> NDArray[np.boo
                 for a, b, s in zip(contour.min(axis=0), contour.max(axis=0), grid.spacing_mm, strict=True)
             )
             raise _off_grid("a contour lies outside the image", where, f"{expected} mm from its corner", f"{got} mm")
+        if (index, flat.tobytes()) in drawn:
+            num_copies += 1
+            continue
+        drawn.add((index, flat.tobytes()))
         num_cut += int((low < -0.5).any() or (high > last).any())
         layer = np.moveaxis(mask, axis, 0)[index]  # a view
         layer ^= fill(flat, (layer.shape[0], layer.shape[1]))
     if num_cut:
-        logger.warning("%s: %d contours reach beyond the image and were cut off at its edge", where, num_cut)
+        logger.warning("%s: %d contours reach beyond the image and were cut off at its edge", name, num_cut)
+    if num_copies:
+        logger.warning("%s: %d contours are copies of others and were left out", name, num_copies)
     return mask
 
 
-def _slices(points: list[FloatArray], grid: Grid, where: str) -> tuple[int, list[int]]:
+def _slices(points: list[FloatArray], grid: Grid, where: str, name: str) -> tuple[int, list[int]]:
     """The axis of the grid across which all contours lie, and the slice of each; `points` in index coordinates."""
     thickness = np.array([np.ptp(contour, axis=0) for contour in points]).max(axis=0) * grid.spacing_mm
     axis = 2 - int(thickness[::-1].argmin())  # DICOM's, the last one, where several are flat
@@ -103,10 +112,10 @@ def _slices(points: list[FloatArray], grid: Grid, where: str) -> tuple[int, list
             f"{max(-heights.min(), heights.max() - (count - 1)) * spacing:.4g} mm",
         )
     if abs(offset) > OFFSET_WARNING_SLICES:
-        logger.warning("%s: all contours lie %.4g mm beside the slices of the image", where, abs(offset) * spacing)
+        logger.warning("%s: all contours lie %.4g mm beside the slices of the image", name, abs(offset) * spacing)
     steps = np.diff(np.unique(slices))
     if len(steps) > 1 and steps.min() > 1:
-        logger.warning("%s: contours on one slice of %d only; the slices between stay empty", where, steps.min())
+        logger.warning("%s: contours on one slice of %d only; the slices between stay empty", name, steps.min())
     return axis, [int(index) for index in slices]
 
 

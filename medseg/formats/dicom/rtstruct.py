@@ -102,10 +102,10 @@ def masks(
             expected=", ".join(str(s.number) for s in annotation.structures),
             got=missing,
         )
-    drawn = _contours_of(path, {s.number: s.name for s in wanted})
+    drawn = _contours_of(annotation, {s.number: s.name for s in wanted})
     for structure in wanted:
-        where = f"{path.name}, {structure.name}"
-        yield structure.number, voxels(drawn.pop(structure.number, []), grid, where)
+        where, name = (f"{file}, {structure.name}" for file in (path.name, annotation.pseudonym))
+        yield structure.number, voxels(drawn.pop(structure.number, []), grid, where, name)
 
 
 def _read(path: Path, keywords: Iterable[str]) -> Dataset:
@@ -140,15 +140,16 @@ def _understood(path: Path) -> Iterator[None]:
         raise _malformed(path, "values that cannot be understood", type(error).__name__) from error
 
 
-def _contours_of(path: Path, names: Mapping[int, str]) -> dict[int, list[FloatArray]]:
+def _contours_of(annotation: Annotation, names: Mapping[int, str]) -> dict[int, list[FloatArray]]:
     """The closed contours of the regions with these numbers."""
+    path = annotation.path
     drawn: dict[int, list[FloatArray]] = defaultdict(list)
     dataset = _read(path, ("ROIContourSequence",))
     with _understood(path):
         for item in dataset.get("ROIContourSequence") or ():
             number = _number(item, "ReferencedROINumber", path)
             if number in names:
-                drawn[number] += _closed_contours(item, names[number], path)
+                drawn[number] += _closed_contours(item, names[number], annotation)
     return drawn
 
 
@@ -235,19 +236,19 @@ def _number(item: Dataset, tag: str, path: Path) -> int:
         raise _malformed(path, "a region without a number", tag) from error
 
 
-def _closed_contours(item: Dataset, name: str, path: Path) -> list[FloatArray]:
+def _closed_contours(item: Dataset, name: str, annotation: Annotation) -> list[FloatArray]:
     """The closed contours of one region, (n, 3) each, LPS mm; others are counted in the log."""
     contours: list[FloatArray] = []
     others: dict[str, int] = defaultdict(int)
     for contour in item.get("ContourSequence") or ():
         kind = str(contour.get("ContourGeometricType") or "").strip()
         if kind in FILLED_TYPES:
-            contours.append(_points(contour, f"{path.name}, {name}"))
+            contours.append(_points(contour, f"{annotation.path.name}, {name}"))
         else:
             others[kind or "unnamed"] += 1
     for kind, count in others.items():
         logger.warning(
-            "%s: region %r: left out %d contours of type %s: they hold no voxels", path.name, name, count, kind
+            "%s, %s: left out %d contours of type %s: they hold no voxels", annotation.pseudonym, name, count, kind
         )
     return contours
 

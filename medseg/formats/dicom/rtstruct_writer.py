@@ -170,7 +170,8 @@ def _check_label(path: Path, label: Volume, structures: Sequence[Structure]) -> 
 
 def _header(file: Path) -> Dataset:
     """What is needed of a source file."""
-    header, *_ = parse(file, [tag_for_keyword(keyword) or 0 for keyword in (*_SOURCE_TAGS, *_CARRIED_TAGS)])
+    tags = [tag_for_keyword(keyword) or 0 for keyword in (*_SOURCE_TAGS, *_CARRIED_TAGS)]
+    header, *_ = parse(file, tags, without_preamble=True)  # whoever chose it could read it
     missing = [tag for tag in _NEEDED_TAGS if not header.get(tag)]
     if missing:
         raise MedsegError(
@@ -239,7 +240,7 @@ def _slices(path: Path, label: Volume, headers: list[Dataset], source: Sequence[
 
 def _planes(header: Dataset, file: Path) -> list[Plane]:
     """The planes of a file, frame by frame."""
-    planes = planes_of(read_frames(file), (int(header.Rows), int(header.Columns)))
+    planes = planes_of(read_frames(file, without_preamble=True), (int(header.Rows), int(header.Columns)))
     if planes is None:
         raise MedsegError(
             Code.NO_GEOMETRY,

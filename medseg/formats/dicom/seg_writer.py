@@ -156,7 +156,7 @@ def _read_headers(source: Sequence[Path]) -> list[Dataset]:
     headers: list[Dataset] = []
     for path in source:
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True)
+            header = pydicom.dcmread(path, stop_before_pixels=True, force=True)  # whoever chose it could read it
             missing = [tag for tag in NEEDED_TAGS if not header.get(tag)]
         except Exception as error:  # pydicom raises a dozen types on damaged files
             raise MedsegError(
@@ -238,7 +238,7 @@ def _source_planes(source: Sequence[Path], shape: tuple[int, int]) -> list[Plane
     """
     planes: list[Plane] = []
     for path in source:
-        placed = planes_of(read_frames(path), shape)
+        placed = planes_of(read_frames(path, without_preamble=True), shape)
         if placed is None:
             raise MedsegError(
                 Code.NO_GEOMETRY, "an image does not say where it lies", where=path.name, remedy="write NIfTI instead"

@@ -7,6 +7,7 @@ through `medseg.formats.dicom.annotations`, which asks the right one.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -59,6 +60,12 @@ class Annotation:
     """Its own SeriesInstanceUID."""
     detail: str = ""
     """What more there is to say in a table: "BINARY", "FRACTIONAL PROBABILITY", "LABELMAP"."""
+
+    @property
+    def pseudonym(self) -> str:
+        """A name that tells nothing about the patient, as names of files may ("SEG_3f9a2c"): its kind and a digest of
+        its UID."""
+        return f"{self.kind}_{hashlib.sha256(self.uid.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True)
