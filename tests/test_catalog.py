@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 from scipy.spatial.transform import Rotation
 
-from medseg.formats.dicom.catalog import Catalog, CatalogSeries, _digests, read_catalog
+from medseg.formats.dicom import files
+from medseg.formats.dicom.catalog import Catalog, CatalogSeries, read_catalog
 from medseg.phantom import write_dicom_series
 from medseg.volume import Grid, Volume
 
@@ -334,7 +335,7 @@ def test_the_modality_is_safe_in_a_file_name(tmp_path: Path) -> None:
 @given(st.sets(st.integers(0, 10**6), max_size=60))
 def test_digests_tell_apart(numbers: set[int]) -> None:
     uids = [f"1.2.{n}" for n in numbers]
-    digests = _digests(uids)
+    digests = files.digests(uids)
     assert len(set(digests.values())) == len(uids)
     assert all(hashlib.sha256(uid.encode()).hexdigest().startswith(d) for uid, d in digests.items())
 
@@ -347,6 +348,6 @@ def test_digests_grow_where_they_collide() -> None:
         if short in first:
             break
         first[short] = uid
-    digests = _digests([uid, first[short]])
+    digests = files.digests([uid, first[short]])
     assert digests[uid] != digests[first[short]]
     assert min(map(len, digests.values())) > 6

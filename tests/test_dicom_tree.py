@@ -12,6 +12,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from dicom_phantom import CORD, GTV, OVER, SHAPE, box_mask, write_rtstruct, write_seg, write_series
@@ -134,6 +135,25 @@ def test_folders_named_as_images_and_labels_hold_annotations_too(tmp_path: Path)
 # modalities
 
 
+@pytest.mark.parametrize("name", ["PT", "pet", " PET "])
+def test_modalities_have_the_names_that_people_use(tmp_path: Path, name: str) -> None:
+    files = write_series(tmp_path / "a", 1, [GTV])
+    for file in files:
+        slice_ = pydicom.dcmread(file)
+        slice_.Modality = "PT"
+        slice_.save_as(file)
+    write_seg(tmp_path / "a" / "seg.dcm", files, {"GTV": GTV})
+    assert len(find_cases(tmp_path, modality=name).cases) == 1
+
+
+def test_folders_of_equal_names_are_told_apart(tmp_path: Path) -> None:
+    for number in (7, 8):
+        write_series(tmp_path / f"patient{number}" / "CT_series", number, [GTV])
+    cases = find_inputs([tmp_path / "patient7" / "CT_series", tmp_path / "patient8" / "CT_series"])
+    assert len({case.case_id for case in cases}) == 2
+    assert all(re.fullmatch("CT_[0-9a-f]{6}", case.case_id) for case in cases)
+
+
 def test_several_modalities_need_a_choice(tmp_path: Path) -> None:
     for number, modality in ((1, "CT"), (2, "CT"), (3, "MR")):
         files = write_series(tmp_path / str(number), number, [GTV], modality=modality)
@@ -166,8 +186,8 @@ def test_a_modality_is_of_trees_only(tmp_path: Path) -> None:
         ({"tumour": "GTV-1", "again": ["Body", " gtv-1 "]}, "stands in two classes"),
         ({"background": "Body", "tumour": "GTV-1"}, "the background is what no structure covers"),
         ({"background": 0}, "names no structure"),
-        ({"tumour": "GTV-2"}, "no case has a structure named 'GTV-2'"),
-        ({"tumour": "rest"}, "no case has a structure named 'rest'"),
+        ({"tumour": "GTV-2"}, "no case has a structure that means the class 'tumour'"),
+        ({"tumour": "rest"}, "no case has a structure that means the class 'tumour'"),
     ],
 )
 def test_tables_that_are_refused(tree: Path, table: dict[str, Any], says: str) -> None:
@@ -178,6 +198,11 @@ def test_an_unknown_structure_names_the_nearest(tree: Path) -> None:
     error = refused(Code.LABEL, lambda: find_cases(tree, labels={"tumour": "GTV-2 "}))
     assert error.remedy == "did you mean 'gtv-1'?"
     assert "(3 of 3)" in str(error.got)
+
+
+def test_other_names_of_a_class_need_not_occur(tree: Path) -> None:
+    folder = find_cases(tree, labels={"tumour": ["GTV of another hospital", "GTV-1"]})
+    assert {case.label.classes for case in folder.cases} == {(("GTV of another hospital", "GTV-1"),)}  # type: ignore[union-attr]
 
 
 def test_the_background_may_be_stated(tree: Path) -> None:
@@ -436,7 +461,7 @@ def test_a_run_that_goes_on_keeps_its_structures_where_the_tree_has_grown(tmp_pa
 @pytest.mark.data
 def test_from_real_structure_sets_to_a_prediction(real_data: Path, tmp_path: Path) -> None:
     root = real_data / "dicom" / "rtstruct" / "sts" / "dicom"
-    assert "'gtv_mass_ct'" in str(
+    assert "'GTV_Mass_CT'" in str(
         refused(Code.LABEL, lambda: find_cases(root, labels={"tumour": "GTV_Mass"}, modality="CT")).remedy
     )
     settings = [

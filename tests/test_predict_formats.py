@@ -79,6 +79,17 @@ def test_three_files_of_one_prediction_agree(tiny_run, tmp_path: Path, capsys) -
     assert __version__ in str(algorithm)
 
 
+def test_a_scan_of_another_modality_is_said(tiny_run, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.run, run)
+    bundle = json.loads((run / "bundle.json").read_text())
+    (run / "bundle.json").write_text(json.dumps({**bundle, "modality": "MR"}))
+    predict(run, tiny_run.dicom, "-o", tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert "the scan is CT, the model was trained on MR" in table["cases"][tiny_run.dicom.name]["notes"][0]
+    assert "trained on MR" in capsys.readouterr().out
+
+
 def test_a_nifti_scan_has_no_dicom_to_refer_to(tiny_run, tmp_path: Path, capsys) -> None:
     scan = next((tiny_run.data / "imagesTr").glob("*.nii.gz"))
     message = refused(capsys, tiny_run.run, scan, tiny_run.dicom, "-o", tmp_path / "out", "--format", "dicom-seg")

@@ -15,6 +15,8 @@ from medseg.formats.dicom.catalog import Catalog, CatalogSeries, read_catalog
 from medseg.formats.dicom.structures import Annotation
 
 LAYOUT = "tree of DICOM series with SEG or RTSTRUCT"
+MODALITIES = {"PET": "PT", "MRI": "MR"}
+"""What people write for DICOM's modalities."""
 DAMAGED = "damaged files"
 """What the list of problems calls files that cannot be read: their names may hold the patient's."""
 
@@ -66,8 +68,9 @@ def read_tree(
 
 
 def of_modality(series: Sequence[CatalogSeries], modality: str) -> list[CatalogSeries]:
-    """Those of one modality, in any case."""
-    return [s for s in series if s.info.modality.casefold() == modality.strip().casefold()]
+    """Those of one modality, in any case; PET and MRI are understood."""
+    wanted = modality.strip().upper()
+    return [s for s in series if s.info.modality.upper() == MODALITIES.get(wanted, wanted)]
 
 
 def count_modalities(series: Sequence[CatalogSeries]) -> str:

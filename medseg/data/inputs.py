@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from medseg.data.layouts import (
     visible,
 )
 from medseg.errors import Code, MedsegError
-from medseg.formats import STRICT, Reading, Source, is_dicom, is_image_file, strip_suffix
+from medseg.formats import STRICT, Reading, Source, find_series, is_dicom, is_image_file, strip_suffix
 from medseg.formats.content import kind_of
 from medseg.formats.dicom.archive import is_zip, unpacked
 
@@ -82,8 +84,28 @@ def find_inputs(
         for group in entries.values()
         for case_id, files in _join_channels(group, num_channels).items()
     ]
+    cases = _told_apart(cases)
     refuse_same_ids(cases)
     return tuple(sorted(cases, key=lambda c: c.case_id))
+
+
+def _told_apart(cases: Sequence[Case]) -> list[Case]:
+    """The cases, with DICOM series of equal ids (patient7/CT, patient8/CT) under their pseudonyms."""
+    count = Counter(case.case_id.casefold() for case in cases)
+    return [
+        replace(case, case_id=_pseudonym(case.images[0]) or case.case_id)
+        if count[case.case_id.casefold()] > 1 and len(case.images) == 1
+        else case
+        for case in cases
+    ]
+
+
+def _pseudonym(source: Source) -> str | None:
+    """What a DICOM series is called that names nobody; None for other images."""
+    if not isinstance(source, Path):
+        return source.name
+    infos = find_series(source) if source.is_dir() or is_dicom(source) else []
+    return infos[0].name if len(infos) == 1 else None
 
 
 def _inputs_of_folder(folder: Path, num_channels: int | None, modality: str | None, reading: Reading) -> Entries:
@@ -148,10 +170,17 @@ def _wanted(found: Sequence[CatalogSeries], modality: str | None, reading: Readi
     from medseg.data.dicom_tree import count_modalities, of_modality
 
     if reading.series is not None:
-        chosen = [s for s in found if s.info.uid == reading.series]
+        chosen = [s for s in found if reading.series in (s.info.uid, s.case_id)]
         if not chosen:
             listing = "; ".join(str(s.info) for s in found)
-            raise MedsegError(Code.MISSING, "there is no such series", expected=listing, got=reading.series)
+            raise MedsegError(
+                Code.MISSING,
+                "there is no such series",
+                where="--series",
+                expected=listing,
+                got=reading.series,
+                remedy="give the name or the UID of one of them",
+            )
         return chosen
     if modality is None or len(found) < 2:
         return found

@@ -7,6 +7,7 @@ classes: where structures of two classes overlap, the later one takes the voxels
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from collections import Counter
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medseg.data.layouts import MAX_NAMED, Case, name_some
-from medseg.errors import Code, MedsegError, nearest
+from medseg.errors import Code, MedsegError
 from medseg.formats.dicom.annotations import DrawnLabel, folded, overlap_of
 from medseg.labels import Labels
 
@@ -59,8 +60,8 @@ def structure_table(cases: Sequence[Case], declared: Mapping[str, Any] | None) -
         declared: what the user wrote, class name → name or names of structures; None takes the names of the
             structures, where all cases have the same ones.
     Raises:
-        MedsegError: E_LABEL for a table that is none, names a structure twice or one that no case has; or without a
-            table where cases have different structures: it lists them, and a table to begin with.
+        MedsegError: E_LABEL for a table that is none, names a structure twice or has a class that no case has; or
+            without a table where cases have different structures: it lists them, and a table to begin with.
     """
     names = {case.case_id: _names(case) for case in cases}
     table = declared_table(declared) if declared else _agreed(names)
@@ -73,17 +74,26 @@ def structure_table(cases: Sequence[Case], declared: Mapping[str, Any] | None) -
             got=len(table.classes),
             remedy=_remedy(names),
         )
-    known = {key for of_case in names.values() for key in of_case}
-    absent = [name for structures in table.classes.values() for name in structures if folded(name) not in known]
-    if absent:
-        raise MedsegError(
-            Code.LABEL,
-            f"no case has a structure named {absent[0]!r}",
-            where="data.labels",
-            got=_counted(names),
-            remedy=nearest(folded(absent[0]), known),
-        )
+    known = {key: name for of_case in names.values() for key, name in of_case.items()}
+    for name, structures in table.classes.items():
+        if not any(folded(structure) in known for structure in structures):
+            raise MedsegError(
+                Code.LABEL,
+                f"no case has a structure that means the class {name!r}",
+                where=f"data.labels.{name}",
+                expected=", ".join(structures),
+                got=_counted(names),
+                remedy=_nearest(structures, known),
+            )
     return table
+
+
+def _nearest(structures: Sequence[str], known: Mapping[str, str]) -> str:
+    """What structures may have been meant, compared without case and shown as the files have them."""
+    close = [key for name in structures for key in difflib.get_close_matches(folded(name), known, n=2, cutoff=0.55)]
+    if close:
+        return "did you mean " + " or ".join(repr(known[key]) for key in dict.fromkeys(close)) + "?"
+    return "choose among: " + name_some(sorted(known.values()))
 
 
 def _names(case: Case) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -70,7 +71,7 @@ def predict_inputs(
     written: list[Path] = []
     for number, case in enumerate(cases, start=1):
         with console.status(f"{case.case_id} ({number} of {len(cases)})"), gathered_warnings() as warnings:
-            image = load_image(case, channels=info.channels, reading=reading)
+            image = _with_modality_note(load_image(case, channels=info.channels, reading=reading), info.modality)
             indices = predictor.predict_indices(image)
             label = predictor.in_file_values(indices)
             files = export.write(case, indices, label, output)
@@ -84,6 +85,14 @@ def predict_inputs(
         console.print(f"{number}/{len(cases)}  {names}  {_shape(label)}", highlight=False, soft_wrap=True, markup=False)
         _say(console, remarks(image.notes, warnings))
     return written
+
+
+def _with_modality_note(image: Volume, trained_on: str | None) -> Volume:
+    """The scan, with a note where it is of another modality than the model's; a single scan is what the user chose."""
+    if None in (image.modality, trained_on) or image.modality == trained_on:
+        return image
+    note = f"the scan is {image.modality}, the model was trained on {trained_on}: do not expect sense of its labels"
+    return replace(image, notes=(*image.notes, note))
 
 
 def refuse_swapped(run: Path, inputs: Sequence[Path]) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +16,6 @@ from medseg.formats.dicom.header import Slice
 from medseg.formats.dicom.series import assess
 from medseg.formats.dicom.structures import Annotation
 from medseg.volume import Grid
-
-DIGITS = 6
-"""Of a digest in the name of a case or a patient, where they tell all apart."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,8 @@ def read_catalog(
     annotations, unread = _read_annotations(scan.annotations)
     damaged += unread
     homes, orphans = _homes(annotations, by_uid)
-    names, patients = _case_ids(by_uid), _patients(by_uid)
+    names = files.series_names({uid: items[0].modality for uid, items in by_uid.items()})
+    patients = _patients(by_uid)
     series = [_entry(uid, items, names[uid], patients[uid], homes.get(uid, [])) for uid, items in by_uid.items()]
     return Catalog(
         folder,
@@ -125,12 +121,6 @@ def _frame(items: list[Slice]) -> str | None:
     return next((s.frame_of_reference for s in items if s.frame_of_reference), None)
 
 
-def _case_ids(by_uid: Mapping[str, list[Slice]]) -> dict[str, str]:
-    """For each SeriesInstanceUID the modality and as many digits of its digest as tell all series apart."""
-    kinds = {uid: re.sub("[^A-Za-z0-9]", "", items[0].modality)[:16] or "OT" for uid, items in by_uid.items()}
-    return {uid: f"{kinds[uid]}_{digest}" for uid, digest in _digests(by_uid).items()}
-
-
 def _patients(by_uid: Mapping[str, list[Slice]]) -> dict[str, str]:
     """For each SeriesInstanceUID the pseudonym of its patient: series that share a PatientID or a study, directly or
     over others, are of one."""
@@ -153,15 +143,8 @@ def _patients(by_uid: Mapping[str, list[Slice]]) -> dict[str, str]:
         group: min((study for uid in uids if (study := _study(by_uid[uid]))), default=min(uids))
         for group, uids in members.items()
     }
-    digests = _digests(smallest.values())
+    digests = files.digests(smallest.values())
     return {uid: f"p_{digests[smallest[group]]}" for group, uids in members.items() for uid in uids}
-
-
-def _digests(uids: Iterable[str]) -> dict[str, str]:
-    """The first digits of the SHA-256 of each UID: six, or as many as tell them apart."""
-    whole = {uid: hashlib.sha256(uid.encode()).hexdigest() for uid in uids}
-    length = next(n for n in range(DIGITS, 65) if len({d[:n] for d in whole.values()}) == len(whole))
-    return {uid: digest[:length] for uid, digest in whole.items()}
 
 
 def _read_annotations(paths: Sequence[Path]) -> tuple[list[Annotation], list[tuple[Path, str]]]:

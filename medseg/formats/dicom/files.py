@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,10 @@ Progress = Callable[[int, int], None]
 """Called with (files done, all files)."""
 
 
+DIGITS = 6
+"""Of the digests in the names of series and patients."""
+
+
 @dataclass(frozen=True)
 class SeriesInfo:
     """One series in a folder, without a word about the patient."""
@@ -54,12 +60,31 @@ class SeriesInfo:
 
     @property
     def name(self) -> str:
-        """What messages call it: its UID, since the names of its files and folders may hold the patient's."""
-        return self.uid
+        """What messages call it, as `series_names`: the names of its files and folders may hold the patient's."""
+        return series_names({self.uid: self.modality})[self.uid]
 
     def __str__(self) -> str:
         size = " × ".join(str(n) for n in self.shape[:2])
-        return f"{self.uid} {self.modality or '?'} {self.num_slices} slices {size}"
+        return f"{self.name} ({self.num_slices} slices {size}, UID {self.uid})"
+
+
+def series_names(modalities: Mapping[str, str]) -> dict[str, str]:
+    """What medseg calls series: "CT_3f9a2c", which tells nothing about the patient.
+
+    Args:
+        modalities: SeriesInstanceUID → Modality of the series that must be told apart.
+    Returns:
+        SeriesInstanceUID → modality and digest.
+    """
+    kinds = {uid: re.sub("[^A-Za-z0-9]", "", modality)[:16] or "OT" for uid, modality in modalities.items()}
+    return {uid: f"{kinds[uid]}_{digest}" for uid, digest in digests(modalities).items()}
+
+
+def digests(uids: Iterable[str]) -> dict[str, str]:
+    """The first digits of the SHA-256 of each UID: `DIGITS`, or as many as tell them apart."""
+    whole = {uid: hashlib.sha256(uid.encode()).hexdigest() for uid in uids}
+    length = next(n for n in range(DIGITS, 65) if len({d[:n] for d in whole.values()}) == len(whole))
+    return {uid: digest[:length] for uid, digest in whole.items()}
 
 
 @dataclass(frozen=True)

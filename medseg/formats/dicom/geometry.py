@@ -26,7 +26,7 @@ DRIFT_TOLERANCE_STEPS = 0.1
 """Farthest that a slice may lie from its place in an even stack, in steps: small deviations of one sign add up."""
 TILT_TOLERANCE_PIXELS = 0.5
 """Largest in-plane shift between slices over the whole stack, in pixels: less moves no pixel into its neighbour."""
-RESAMPLE = "ask for resampling to a regular grid (--resample-irregular, Reading.resample_irregular)"
+RESAMPLE = "ask for resampling to a regular grid (--resample-irregular; in training data.resample_irregular=true)"
 
 FloatArray = NDArray[np.float64]
 

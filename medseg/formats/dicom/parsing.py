@@ -112,7 +112,7 @@ def not_dicom(path: Path) -> MedsegError:
         "the file is not DICOM",
         where=path.name,
         expected="DICM at byte 128",
-        remedy="old files without a preamble are read with --without-preamble (Reading.without_preamble)",
+        remedy="old files without a preamble are read with --without-preamble",
     )
 
 

@@ -104,7 +104,7 @@ def check_readable(item: Slice, *, channels: bool) -> None:
             where=item.path.name,
             expected="MONOCHROME1 or MONOCHROME2",
             got=encoding.photometric or "none",
-            remedy="export the original grey images, or ask for the colours as channels (Reading.channels)",
+            remedy="export the original grey images, or train and predict with three channels",
         )
     bits = (encoding.bits_allocated, encoding.bits_stored, encoding.high_bit)
     if bits[0] not in (8, 16, 32, 64) or not bits[1] - 1 <= bits[2] < bits[0]:

@@ -7,6 +7,7 @@ another grid (that of a series that was resampled), its own planes are written, 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ def _dataset(
     """The file, in memory."""
     from highdicom.seg import Segmentation
 
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells the UIDs of its sources
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # highdicom quotes the patient's name where its form is unusual
         return Segmentation(  # type: ignore[no-any-return]

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.dicom import irregular
-from medseg.formats.dicom.files import EMPTY_FILES, LINKS, Scan, SeriesInfo, describe, read_slices, scan
+from medseg.formats.dicom.files import (
+    EMPTY_FILES,
+    LINKS,
+    Scan,
+    SeriesInfo,
+    describe,
+    read_slices,
+    scan,
+    series_names,
+)
 from medseg.formats.dicom.frames import expanded
 from medseg.formats.dicom.geometry import LPS_TO_RAS
 from medseg.formats.dicom.header import Slice
@@ -72,8 +81,9 @@ def read_series(source: Path | SeriesInfo, reading: Reading = STRICT) -> Volume:
             grid = _planned_grid(plan)
             notes.append(plan.note)
         volume = Volume(array.transpose(1, 3, 2, 0), grid, stack.first.modality or None, tuple(notes))
+    name = series_names({stack.first.uid: stack.first.modality})[stack.first.uid]
     for note in notes:
-        logger.warning("%s: %s", stack.first.uid, note)  # names of folders may hold the patient's
+        logger.warning("%s: %s", name, note)  # names of folders may hold the patient's
     return volume
 
 
@@ -147,7 +157,8 @@ def _select(path: Path, reading: Reading, notes: list[str]) -> list[Slice]:
     infos = describe(slices)
     listing = "; ".join(str(info) for info in infos)
     if reading.series is not None:
-        slices = [s for s in slices if s.uid == reading.series]
+        chosen = {info.uid for info in infos if reading.series in (info.uid, info.name)}
+        slices = [s for s in slices if s.uid in chosen]
         if not slices:
             raise MedsegError(
                 Code.MISSING,
@@ -155,16 +166,16 @@ def _select(path: Path, reading: Reading, notes: list[str]) -> list[Slice]:
                 where=path.name,
                 expected=listing,
                 got=reading.series,
-                remedy="give the UID of one of them",
+                remedy="give the name or the UID of one of them",
             )
     elif len(infos) > 1:
         raise MedsegError(
             Code.MULTI_SERIES,
             f"the folder holds {len(infos)} series",
             where=path.name,
-            expected="one series, or the UID of the one to read",
+            expected="one series, or --series with the name or UID of one of them",
             got=listing,
-            remedy="pick one with --series UID (Reading.series)",
+            remedy="pick one with --series",
         )
     _check_damaged(slices, found, notes)
     return slices
@@ -183,7 +194,7 @@ def _no_image(path: Path, found: Scan) -> MedsegError:
         got=", ".join(f"{count} {kind}" for kind, count in objects.items()) or None,
         remedy="links are not followed: give the folder that holds the files themselves"
         if LINKS in objects
-        else "check the path; files without a preamble are read with --without-preamble (Reading.without_preamble)",
+        else "check the path; files without a preamble are read with --without-preamble",
     )
 
 
