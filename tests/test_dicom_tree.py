@@ -43,6 +43,13 @@ def refused(code: Code, call: Callable[[], object]) -> MedsegError:
     return caught.value
 
 
+def main_succeeds(*arguments: object) -> None:
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as ended:
+        assert not ended.code
+
+
 def look(folder: DataFolder, **options: Any) -> Survey:
     return survey(folder, num_threads=2, **options)
 
@@ -133,6 +140,15 @@ def test_folders_named_as_images_and_labels_hold_annotations_too(tmp_path: Path)
 
 
 # modalities
+
+
+def test_a_converted_tree_keeps_the_names_of_its_classes(tmp_path: Path) -> None:
+    for number in (1, 2):
+        files = write_series(tmp_path / "dicom" / str(number), number, [GTV, CORD])
+        write_seg(tmp_path / "dicom" / f"{number}.dcm", files, {"GTV": GTV, "spinal cord": CORD})
+    main_succeeds("convert", tmp_path / "dicom", tmp_path / "nifti")
+    found = look(find_cases(tmp_path / "nifti"))
+    assert found.labels.names == ("background", "GTV", "spinal cord")
 
 
 @pytest.mark.parametrize("name", ["PT", "pet", " PET "])

@@ -140,7 +140,10 @@ def _from_files(
         if tree is not None:
             return tree
     found = _from_names(root, require_labels=require_labels)
-    return DataFolder(root, found.layout, tuple(found.cases), channels=found.channels)
+    names = read_labels(root / TABLE_FILE)  # `medseg convert` of a tree writes it
+    return DataFolder(
+        root, found.layout, tuple(found.cases), None if names is None else names.to_json(), found.channels
+    )
 
 
 def load_image(
