@@ -36,7 +36,8 @@ from medseg.errors import Code, MedsegError
 from medseg.formats import IMAGE_SUFFIXES, STRICT, Reading, open_label, open_volume
 from medseg.formats.dicom.annotations import read_label
 from medseg.formats.dicom.archive import is_zip, unpacked
-from medseg.labels import Labels
+from medseg.formats.label_table import read_labels
+from medseg.labels import TABLE_FILE, Labels
 from medseg.volume import Grid, Volume
 
 __all__ = ["Case", "DataFolder", "find_cases", "find_inputs", "load_image", "load_label"]
