@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
@@ -32,9 +33,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     with pytest.raises(SystemExit) as exit_:
         convert(*arguments)
     assert exit_.value.code == 2
-    message: str = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return str(shown.out + shown.err)
 
 
 def convert(*arguments: object) -> None:
@@ -149,7 +150,8 @@ def test_several_series_need_a_choice_or_a_folder(tree: Tree, tmp_path: Path, ca
 def test_a_tree_becomes_a_folder_of_images_and_labels(tree: Tree, tmp_path: Path, capsys) -> None:
     out = tmp_path / "nifti"
     message = refused(capsys, tree.root, out)
-    assert "E_GAP" in message and "1 of the things" in message and "--resample-irregular" in message
+    assert any("remedy: " in line and "--resample-irregular" in line for line in message.splitlines())
+    assert message.endswith("\nE_GAP: 1 of 3 series was not converted; see above\n")
     names = sorted(p.name for p in out.iterdir())
     (image,) = [n for n in names if n.startswith("CT_") and "_seg" not in n]
     case = image.removesuffix(".nii.gz")
@@ -189,8 +191,46 @@ def test_a_broken_annotation_leaves_the_image(whole_tree: Path, tmp_path: Path, 
     dataset.PixelData = dataset.PixelData[:10]
     dataset.save_as(seg)
     message = refused(capsys, whole_tree, tmp_path / "out")
-    assert "what was drawn on it" in message
+    assert "what was drawn on it" in message and "1 label was not converted" in message
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2 and not list((tmp_path / "out").glob(".*"))
+
+
+def test_each_failure_of_a_tree_comes_with_its_own_remedy(tree: Tree, whole_tree: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(tree.root / "c", whole_tree / "c")
+    shutil.copy(tree.rtstruct, whole_tree / "a" / "drawn" / "lost.dcm")
+    dataset = pydicom.dcmread(whole_tree / "a" / "drawn" / "lost.dcm")
+    dataset.walk(lambda ds, e: setattr(e, "value", "1.2.3") if e.VR == "UI" and "Class" not in e.keyword else None)
+    dataset.save_as(whole_tree / "a" / "drawn" / "lost.dcm")
+    (whole_tree / "photo.dcm").write_bytes(b"\xff\xd8\xff\xe0" + bytes(300))
+    (whole_tree / "raw.dcm").write_bytes(bytes(300))
+    lines = refused(capsys, whole_tree, tmp_path / "out").splitlines()
+    after = {key: below for line, below in pairwise(lines) for key in ("E_GAP", "lost", "photo", "raw") if key in line}
+    assert "--resample-irregular" in after["E_GAP"]
+    assert "shows what belongs together" in after["lost"]
+    assert "ending of its content" in after["photo"]
+    assert "--without-preamble" in after["raw"]
+    assert any("its content is a JPEG picture" in line for line in lines)
+    end = "1 of 3 series, 1 annotation without its images and 2 damaged files were not converted; see above"
+    assert lines[-1] == f"E_GAP: {end}"
+
+
+def test_a_scan_is_not_taken_for_a_label_map(tree: Tree, tmp_path: Path, capsys) -> None:
+    grid = read_grid(tree.series)
+    for name, values in (
+        ("many", np.arange(np.prod(grid.shape)) % 300),
+        ("negative", np.arange(np.prod(grid.shape)) % 3 - 1),
+    ):
+        write_label(tmp_path / f"{name}.nii.gz", Volume(values.reshape(grid.shape).astype(np.int16), grid))
+        message = refused(capsys, tmp_path / f"{name}.nii.gz", tmp_path / "x.seg.dcm", "--image", tree.series)
+        assert "E_LABEL: this looks like a scan, not a label map" in message and "--labels" not in message
+    write_label(tmp_path / "empty.nii.gz", Volume(np.zeros(grid.shape, np.uint8), grid))
+    message = refused(capsys, tmp_path / "empty.nii.gz", tmp_path / "x.seg.dcm", "--image", tree.series)
+    assert "nothing is drawn" in message and "nothing but 0" in message
+
+
+def test_a_picture_that_is_called_dicom_is_called_a_picture(tmp_path: Path, capsys) -> None:
+    (tmp_path / "x.dcm").write_bytes(b"\xff\xd8\xff\xe0" + bytes(300))
+    assert "its content is a JPEG picture" in refused(capsys, tmp_path / "x.dcm", tmp_path / "x.nii.gz")
 
 
 @pytest.mark.parametrize("kind", ["seg", "rtstruct"])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -114,7 +115,7 @@ def test_json_has_numbers_and_stable_keys(tree: Path) -> None:
     assert list(found) == ["schema", "summary", "series", "images", "orphans", "others", "damaged"]
     assert found["summary"] == {
         "series": 4, "patients": 2, "images": 0, "with_problems": 1, "with_warnings": 0, "annotations": 3,
-        "orphans": 1, "others": 0, "damaged": 1,
+        "orphans": 1, "annotations_with_problems": 0, "others": 0, "damaged": 1,
     }  # fmt: skip
     (ct,) = [s for s in found["series"] if s["annotations"] and s["annotations"][0]["kind"] == "RTSTRUCT"]  # type: ignore[attr-defined]
     assert ct["shape"] == list(SHAPE)
@@ -127,7 +128,7 @@ def test_json_has_numbers_and_stable_keys(tree: Path) -> None:
     assert broken["problem"]["code"] == "E_DUPLICATE"
     assert broken["shape"] is None
     (placed,) = [s for s in as_json(tree, paths=True)["series"] if s["case_id"] == ct["case_id"]]  # type: ignore[attr-defined]
-    assert placed["path"] == "A/1"
+    assert (placed["path"], placed["paths"]) == ("A/1", ["A/1"])
 
 
 def test_one_series_by_uid_or_case_id(tree: Path) -> None:
@@ -155,17 +156,17 @@ def test_a_structure_is_drawn_where_it_lies(tree: Path) -> None:
     catalog = take_inventory(tree, STRICT).catalog
     (series,) = [s for s in catalog.series if any(a.kind == "SEG" for a in s.annotations)]
     assert series.grid is not None
-    names, drawn, remarks = _drawn(series.annotations, series.grid)
+    names, drawn, remarks, problems = _drawn(series.annotations, series.grid)
     expected = np.zeros((SHAPE[2], SHAPE[1], SHAPE[0]), np.uint8)
     expected[1:4, 2:4, 3:9], expected[1:4, 4:6, 3:9] = 1, 2
-    assert (names, remarks) == (["liver", "kidney"], [])
+    assert (names, remarks, problems) == (["liver", "kidney"], [], {})
     np.testing.assert_array_equal(drawn.transpose(2, 1, 0), expected)
 
 
 def test_the_smaller_structure_is_on_top(tree: Path) -> None:
     (series,) = [s for s in take_inventory(tree, STRICT).catalog.series if "RTSTRUCT" in kinds(s)]
     assert series.grid is not None
-    _, drawn, _ = _drawn(series.annotations, series.grid)  # the second square holds the first one
+    _, drawn, *_ = _drawn(series.annotations, series.grid)  # the second square holds the first one
     assert np.count_nonzero(drawn == 1) > 0
     assert np.count_nonzero(drawn == 2) > 0
 
@@ -188,6 +189,7 @@ def test_folders_of_other_images(tmp_path: Path) -> None:
     (folder / "cut.nii.gz").write_bytes((folder / "scan.nii.gz").read_bytes()[:40])
     found = as_json(folder, pictures=tmp_path / "pictures")
     assert found["summary"]["images"] == 4  # type: ignore[index]
+    assert "3 pictures in" in inspected(folder, pictures=tmp_path / "again")
     images = {(i["case_id"], i["kind"]): i for i in found["images"]}  # type: ignore[attr-defined]
     assert images["scan", "NIfTI"]["shape"] == list(SHAPE)
     assert images["scan", "NIfTI"]["spacing_mm"] == pytest.approx([0.9, 1.1, 2.5], abs=1e-5)
@@ -195,8 +197,101 @@ def test_folders_of_other_images(tmp_path: Path) -> None:
     (cut,) = [i for i in found["images"] if i["problem"]]  # type: ignore[attr-defined]
     assert (cut["case_id"], cut["problem"]["code"]) == ("cut", "E_TRUNCATED")
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["photo.png", "scan (2).png", "scan.png"]
+    assert {i["picture"] for i in found["images"]} == {None, "photo.png", "scan (2).png", "scan.png"}  # type: ignore[attr-defined]
     assert "4 image files" in inspected(folder)
+    rows = inspected(folder, paths=True).splitlines()
+    (first, second) = (n for n, row in enumerate(rows) if row.startswith("scan"))
+    assert [rows[n].partition("  ")[0] for n in (first, second)] == ["scan", "scan (2)"]
+    assert [rows[n + 1].strip() for n in (first, second)] == ["scan.nii.gz", "more/scan.nii.gz"]
     assert inspected(folder / "scan.nii.gz").count("scan") == 1
+
+
+def test_each_remedy_is_said_once(tmp_path: Path) -> None:
+    series = write_tree(tmp_path)  # one of its series lacks a slice
+    series["a_mr"][2].unlink()
+    double = series["a_ct"][0].with_name("double.dcm")
+    double.write_bytes(series["a_ct"][0].read_bytes())
+    change([double], SOPInstanceUID="1.2.3", PixelData=bytes(2 * SHAPE[0] * SHAPE[1]))
+    text = inspected(tmp_path)
+    _, _, below = text.partition("what to do\n")
+    problems = {s["case_id"]: s["problem"] for s in as_json(tmp_path)["series"] if s["problem"]}  # type: ignore[attr-defined]
+    expected = {f"{problem['code']} {problem['remedy']}" for problem in problems.values()}
+    assert (len(problems), len(expected)) == (3, 2)
+    assert [sum(line.strip() == remedy for line in below.splitlines()) for remedy in expected] == [1] * len(expected)
+    assert "what to do" not in inspected(
+        tmp_path, series=next(s["case_id"] for s in as_json(tmp_path)["series"] if not s["problem"])
+    )  # type: ignore[attr-defined]
+
+
+def test_files_without_preamble_are_found_when_asked_for(tmp_path: Path) -> None:
+    files = write_tree(tmp_path / "tree")["a_ct"]
+    (tmp_path / "old").mkdir()
+    for number, file in enumerate(files):
+        (tmp_path / "old" / f"{number}").write_bytes(file.read_bytes()[132:])
+    with pytest.raises(MedsegError, match="E_NO_CASES"):
+        inspected(tmp_path / "old")
+    found = as_json(tmp_path / "old", without_preamble=True, pictures=tmp_path / "pictures")
+    assert [(s["problem"], s["shape"], s["picture"] is None) for s in found["series"]] == [(None, list(SHAPE), False)]  # type: ignore[attr-defined]
+
+
+def test_every_folder_of_a_series_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for number, file in enumerate(write_tree(tmp_path / "tree")["a_ct"]):
+        folder = tmp_path / "one" / f"f{number}"
+        folder.mkdir()
+        shutil.copy(file, folder)
+    (found,) = as_json(tmp_path / "one", paths=True)["series"]  # type: ignore[misc]
+    assert found["paths"] == [f"f{number}" for number in range(SHAPE[2])]
+    lines = [line.strip() for line in inspected(tmp_path / "one", paths=True).splitlines()]
+    assert [f"f{number}" in lines for number in range(SHAPE[2])] == [True] * 5 + [False] * (SHAPE[2] - 5)
+    assert f"and {SHAPE[2] - 5} more" in lines
+
+
+def test_the_place_of_an_orphan_stands_apart_from_the_reason(tree: Path) -> None:
+    text = inspected(tree, paths=True)
+    assert f"{CANARY}_lost.dcm: RTSTRUCT lost: E_REFERENCE: it was drawn in another frame" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xd8\xff\xe0" + bytes(300), "a JPEG picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(300), "a PNG picture"),
+        (b"PK\x03\x04" + bytes(300), "a zip"),
+        ((348).to_bytes(4, "little") + bytes(344), "a NIfTI file"),
+        (b"%PDF-1.7" + bytes(300), "a PDF"),
+        (b"hello, doctor", "text"),
+        (b"", "empty"),
+    ],
+)
+def test_what_a_file_is_instead_of_dicom(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.dcm").write_bytes(content)
+    (damaged,) = as_json(tmp_path)["damaged"]  # type: ignore[misc]
+    assert damaged["reason"] == f"E_NOT_DICOM: the file is not DICOM; its content is {words}"
+    assert "preamble" not in damaged["remedy"]
+    assert f"1 × {damaged['reason']}" in inspected(tmp_path)
+
+
+def test_a_file_that_may_be_old_dicom_is_left_to_the_option(tmp_path: Path) -> None:
+    (tmp_path / "x.dcm").write_bytes(bytes(300))
+    assert "E_NOT_DICOM old files without a preamble are read with --without-preamble" in inspected(tmp_path)
+
+
+def test_annotations_that_cannot_be_drawn_are_problems(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    series = write_tree(root)
+    write_seg(root / "seg.dcm", series["a_ct"])
+    dataset = pydicom.dcmread(root / "seg.dcm")
+    dataset.PixelData = dataset.PixelData[:2]
+    dataset.save_as(root / "seg.dcm")
+    assert as_json(root)["summary"]["annotations_with_problems"] == 0  # type: ignore[index]
+    found = as_json(root, pictures=tmp_path / "pictures")
+    assert found["summary"]["annotations_with_problems"] == 1  # type: ignore[index]
+    (drawn,) = [a for s in found["series"] for a in s["annotations"]]  # type: ignore[attr-defined]
+    assert drawn["problem"]["code"] in ("E_TRUNCATED", "E_MALFORMED")
+    text = inspected(root, pictures=tmp_path / "pictures")
+    assert f"SEG: {drawn['problem']['code']} {drawn['problem']['message']}" in text
+    assert "1 annotation, 1 of them cannot be drawn" in text
 
 
 def test_nothing_there(tmp_path: Path) -> None:

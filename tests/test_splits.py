@@ -136,17 +136,32 @@ def test_a_patient_on_two_sides_is_refused_by_name(cases: list[Case], config: Sp
 @pytest.mark.parametrize(
     ("cases", "config", "side", "remedy"),
     [
-        (NUMBERED[:3], SplitConfig(fold=4), "validation", "num_folds"),
-        (NUMBERED[:1], SplitConfig(), "", "num_folds"),
-        (PEOPLE[:2], SplitConfig(by="patient"), "", "num_folds"),
+        (NUMBERED[:3], SplitConfig(fold=4), "validation", "data.split.fold=4 must be less"),
+        (NUMBERED[:1], SplitConfig(), "training", "at least two"),
+        (PEOPLE[:2], SplitConfig(by="patient"), "training", "at least two"),
         (make_cases("a", "b", splits=["train", "train"]), SplitConfig(), "validation", "manifest"),
-        (NUMBERED[:3], SplitConfig(validation=("*",)), "training", "data.split.validation"),
+        (NUMBERED[:3], SplitConfig(validation=("*",)), "training", "data.split.validation must name some"),
+        (NUMBERED[:3], SplitConfig(validation=()), "validation", "data.split.validation must name some"),
     ],
 )
 def test_an_empty_side_is_refused(cases: list[Case], config: SplitConfig, side: str, remedy: str) -> None:
     error = refused(Code.NO_CASES, cases, config)
     assert side in error.message
     assert remedy in str(error.remedy)
+
+
+def test_what_is_said_of_an_empty_side_reads_well() -> None:
+    got = refused(Code.NO_CASES, make_cases("a", patients="P"), SplitConfig()).got
+    assert str(got).startswith("1 case, 0 more for test, divided by patient (1 patient shuffled")
+
+
+@pytest.mark.parametrize("fold", range(5))
+def test_folds_that_there_are_no_patients_for(fold: int) -> None:
+    two = make_cases("a", "b", "c", patients="PQQ")
+    if fold < 2:
+        assert make_split(two, SplitConfig(fold=fold), 0).val in (("a",), ("b", "c"))
+    else:
+        assert f"fold={fold} must be less than" in str(refused(Code.NO_CASES, two, SplitConfig(fold=fold)).remedy)
 
 
 def test_two_cases_are_enough_for_the_first_fold() -> None:

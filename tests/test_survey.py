@@ -170,6 +170,7 @@ def test_one_problem_comes_as_itself(tmp_path: Path) -> None:
     volume(tmp_path, "b", image, label + np.float32(0.5))
     error = refused(Code.LABEL, tmp_path)
     assert (error.where, "1.5" in str(error.got)) == ("b", True)
+    assert str(error.remedy).endswith("train without this case: data.on_bad_case=skip")
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
@@ -184,6 +185,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     assert "bad19: E_GRID" in text
     assert "bad20" not in text
     assert "and 3 more" in text
+    assert str(error.remedy).endswith("train without these cases: data.on_bad_case=skip")
 
 
 def test_bad_cases_can_be_left_out(tmp_path: Path) -> None:
@@ -195,7 +197,8 @@ def test_bad_cases_can_be_left_out(tmp_path: Path) -> None:
     assert [(p.case_id, p.code) for p in found.quarantine] == [("bad", "E_GRID")]
     assert any("left out" in line and "bad" in line for line in summary_lines(found))
     volume(tmp_path, "good", image, label[:, :, 1:])
-    refused(Code.GRID, tmp_path, on_bad_case="skip")
+    assert "on_bad_case" not in str(refused(Code.GRID, tmp_path, on_bad_case="skip").remedy)
+    assert "on_bad_case" not in str(refused(Code.GRID, tmp_path).remedy)  # nothing would be left
 
 
 def test_pictures_beside_volumes_are_mixed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from medseg import __version__
 from medseg.conversion.options import Options, check_targets, make_folder, say_written
 from medseg.errors import Code, MedsegError
 from medseg.formats import open_label, read_grid
+from medseg.formats.content import content_in_words
 from medseg.formats.dicom.export import ENDINGS, IDENTIFIERS_REMARK, Form, write_annotation
 from medseg.formats.dicom.structures import Algorithm
 from medseg.formats.label_table import labels_for
@@ -31,6 +32,7 @@ def draw(source: Path, target: Path, console: Console, options: Options, form: F
     """
     image = options.image
     if form is Form.NIFTI or image is None:
+        content = content_in_words(source)
         kinds = " or ".join(str(f) for f in ENDINGS if f is not Form.NIFTI)
         raise MedsegError(
             Code.OUTPUT,
@@ -38,6 +40,7 @@ def draw(source: Path, target: Path, console: Console, options: Options, form: F
             if form is not Form.NIFTI
             else "this file is not DICOM: there is nothing to convert to NIfTI",
             where=source.name,
+            got=f"its content is {content}" if form is Form.NIFTI and content is not None else None,
             expected=f"medseg convert label.nii.gz out{ENDINGS[Form.DICOM_SEG]} --image SERIES",
             remedy="name the series with --image" if form is not Form.NIFTI else f"choose --format {kinds}",
         )
@@ -62,14 +65,24 @@ def _read_label(source: Path, options: Options) -> tuple[Volume, Labels]:
     labels = Labels.from_text(options.labels) if options.labels is not None else labels_for(source)
     if labels is None:
         found = [int(v) for v in np.unique(values) if v]
-        if not found or found[0] < 0 or len(found) > np.iinfo(np.uint8).max:
+        expected = "0 for the background and a positive whole number for each structure"
+        if not found:
             raise MedsegError(
                 Code.LABEL,
-                "the file does not look like a label map",
+                "nothing is drawn in the file",
                 where=source.name,
-                expected="0 for the background and a positive whole number for each structure",
-                got="nothing but 0" if not found else f"{len(found)} values from {found[0]} to {found[-1]}",
-                remedy='name the structures: --labels "{liver: 1}"',
+                expected=expected,
+                got="nothing but 0",
+                remedy='check that it is the right file; or name what it would hold: --labels "{liver: 1}"',
+            )
+        if found[0] < 0 or len(found) > np.iinfo(np.uint8).max:
+            raise MedsegError(
+                Code.LABEL,
+                "this looks like a scan, not a label map",
+                where=source.name,
+                expected=expected,
+                got=f"{len(found)} values from {found[0]} to {found[-1]}",
+                remedy="give the label file here; the scan that it lies on goes behind --image",
             )
         labels = Labels.from_mapping({f"structure_{value}": value for value in found})
     try:

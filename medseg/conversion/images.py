@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from medseg.conversion.tables import draw_label, table_for
 from medseg.data.structure_table import StructureTable
 from medseg.errors import Code, MedsegError
 from medseg.formats import open_volume, write_image, write_label
+from medseg.formats.content import damage_with_content
 from medseg.formats.dicom.catalog import Catalog, CatalogSeries
 from medseg.formats.label_table import CaseRecord, beside, write_table
 from medseg.formats.remarks import gathered_warnings
@@ -23,8 +25,11 @@ from medseg.volume import Grid, Volume
 
 LABEL_ENDING = "_seg"
 """Behind a case's id: the name by which `medseg train` finds labels beside images."""
+SERIES, DRAWN, ORPHAN, DAMAGED = "series", "label", "annotation without its images", "damaged file"
+"""What can be left out of a tree's conversion."""
+PLURALS = {DRAWN: "labels", ORPHAN: "annotations without their images", DAMAGED: "damaged files"}
 MAX_LISTED = 20
-"""Problems that one message lists."""
+"""Series that one message lists."""
 
 
 def convert_series(source: Path, target: Path, console: Console, options: Options) -> list[Path]:
@@ -52,7 +57,8 @@ class _Tree:
     console: Console
     options: Options
     records: dict[str, CaseRecord] = field(default_factory=dict)
-    problems: list[tuple[Code, str]] = field(default_factory=list)
+    failed: list[tuple[Code, str]] = field(default_factory=list)
+    """Code of each failure, and the kind of thing that was not converted."""
 
     def write_image(self, series: CatalogSeries) -> Grid | None:
         """One series; None where it cannot be read, which is kept for the end."""
@@ -62,7 +68,7 @@ class _Tree:
                 path = self.folder / image_name(series.case_id, volume.grid)
                 write_image(path, volume)
         except MedsegError as error:
-            self.refused(series.case_id, error)
+            self.refused(SERIES, series.case_id, error)
             return None
         say_written(self.console, path, volume, warnings)
         self._record(series.case_id, [path], volume.notes)
@@ -84,16 +90,22 @@ class _Tree:
                 path = self.folder / f"{name}.nii.gz"
                 write_label(path, label)
         except MedsegError as error:
-            self.refused(f"{series.case_id}, what was drawn on it", error)
+            self.refused(DRAWN, f"{series.case_id}, what was drawn on it", error)
             return
         say_written(self.console, path, label, warnings, ", ".join(a.kind for a in series.annotations))
         self._record(series.case_id, [path], label.notes)
 
-    def refused(self, what: str, error: MedsegError) -> None:
-        """Keep a problem for the end."""
-        line = f"{what}: {error.code}: {error.message}" + (f" ({error.got})" if error.got else "")
-        self.problems.append((error.code, line))
+    def refused(self, kind: str, name: str, error: MedsegError) -> None:
+        """Say what is wrong and what to do about it; the end counts it."""
+        got = f" ({error.got})" if error.got is not None else ""
+        self.left(kind, error.code, f"{name}: {error.code}: {error.message}{got}", error.remedy)
+
+    def left(self, kind: str, code: Code, line: str, remedy: str | None) -> None:
+        """Say that something is not converted."""
+        self.failed.append((code, kind))
         self.console.print(line, style="red", highlight=False, soft_wrap=True, markup=False)
+        if remedy is not None:
+            self.console.print(f"    remedy: {remedy}", highlight=False, soft_wrap=True, markup=False)
 
     def _record(self, case: str, files: Sequence[Path], notes: tuple[str, ...]) -> None:
         old = self.records.get(case, CaseRecord(()))
@@ -136,7 +148,7 @@ def _draw_all(tree: _Tree, drawn: Sequence[tuple[CatalogSeries, Grid]]) -> Struc
     try:
         table = table_for([a for series, _ in drawn for a in series.annotations], tree.options.labels)
     except MedsegError as error:
-        tree.refused("what was drawn", error)
+        tree.refused(DRAWN, "what was drawn", error)
         return None
     for number, (series, grid) in enumerate(drawn, start=1):
         with tree.console.status(f"{series.case_id}, what was drawn on it ({number} of {len(drawn)})"):
@@ -170,7 +182,8 @@ def _chosen(catalog: Catalog, source: Path, options: Options) -> list[CatalogSer
     if catalog.orphans:
         found.append(f"{len(catalog.orphans)} annotations without images")
     if catalog.damaged:
-        path, why = catalog.damaged[0]
+        path, reason = catalog.damaged[0]
+        why, _ = damage_with_content(path, reason)
         found.append(f"{len(catalog.damaged)} damaged files ({path.name}: {why})")
     raise MedsegError(
         Code.NO_CASES,
@@ -182,34 +195,31 @@ def _chosen(catalog: Catalog, source: Path, options: Options) -> list[CatalogSer
 
 
 def _say_end(tree: _Tree, catalog: Catalog, num_series: int) -> None:
-    """A line that sums up, and a refusal where something was left behind.
+    """What belongs to no series, a line that sums up, and a refusal where something was left behind.
 
     Raises:
-        MedsegError: of the first problem, with a list of all.
+        MedsegError: with the code of the first failure, and how many there are.
     """
-    problems = list(tree.problems)
     if tree.options.reading.series is None:
-        left = [(a.path, f"{Code.REFERENCE}: {why.removeprefix(f'{Code.REFERENCE}: ')}") for a, why in catalog.orphans]
-        for path, why in (*left, *catalog.damaged):
+        inspect = f"{command('inspect', 'IN')} shows what belongs together"
+        for annotation, why in catalog.orphans:
+            line = f"{annotation.path.name}: {Code.REFERENCE}: {why.removeprefix(f'{Code.REFERENCE}: ')}"
+            tree.left(ORPHAN, Code.REFERENCE, line, inspect)
+        for path, reason in catalog.damaged:
+            why, remedy = damage_with_content(path, reason)
             code = why.partition(":")[0]
-            problems.append((Code(code) if code in set(Code) else Code.TRUNCATED, f"{path.name}: {why}"))
+            tree.left(DAMAGED, Code(code) if code in set(Code) else Code.TRUNCATED, f"{path.name}: {why}", remedy)
     written = f"{len(tree.records)} of {num_series} series written to {tree.folder}"
     tree.console.print(written, highlight=False, soft_wrap=True, markup=False)
-    if not problems:
-        return
-    listed = [line for _, line in problems[:MAX_LISTED]]
-    if len(problems) > MAX_LISTED:
-        listed.append(f"and {len(problems) - MAX_LISTED} more")
-    codes = {code for code, _ in problems}
-    remedies = []
-    if codes & {Code.TILT, Code.GAP, Code.SPACING} and not tree.options.reading.resample_irregular:
-        remedies.append("--resample-irregular mends tilt, gaps and uneven spacing")
-    if Code.LABEL in codes:
-        remedies.append('--labels "{tumour: [GTV-1, gtv]}" chooses structures, --separate keeps all')
-    raise MedsegError(
-        problems[0][0],
-        f"{len(problems)} of the things in this tree could not be converted; all others are written",
-        where=tree.folder.name,
-        got="\n            ".join(listed),
-        remedy="; ".join(remedies) or f"{command('inspect', 'IN')} shows what belongs together",
-    )
+    if tree.failed:
+        raise MedsegError(tree.failed[0][0], _summed_up(Counter(kind for _, kind in tree.failed), num_series))
+
+
+def _summed_up(failed: Counter[str], num_series: int) -> str:
+    """ "2 of 20 series and 1 damaged file were not converted; see above"."""
+    parts = [f"{failed[SERIES]} of {num_series} series"] if failed[SERIES] else []
+    for kind in (DRAWN, ORPHAN, DAMAGED):
+        noun = kind if failed[kind] == 1 else PLURALS[kind]
+        parts += [f"{failed[kind]} {noun}"] if failed[kind] else []
+    what = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return f"{what} {'was' if failed.total() == 1 else 'were'} not converted; see above"

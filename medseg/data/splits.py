@@ -185,9 +185,10 @@ def _by_fold(
     random = np.random.default_rng(seed)
     if config.by != "block" and not unknown:
         people = sorted({patients[i] for i in ids})
+        several = "1 patient" if len(people) == 1 else f"{len(people)} patients"
         order = [people[k] for k in random.permutation(len(people))]
         chosen = set(order[config.fold :: config.num_folds])
-        return {i for i in ids if patients[i] in chosen}, f"by patient ({len(people)} patients shuffled, {which})"
+        return {i for i in ids if patients[i] in chosen}, f"by patient ({several} shuffled, {which})"
     blocks = np.array_split(np.arange(len(ids)), min(config.num_folds, max(len(ids), 1)))
     order_of_blocks = random.permutation(len(blocks))
     block = blocks[order_of_blocks[config.fold]] if config.fold < len(blocks) else []
@@ -197,17 +198,25 @@ def _by_fold(
 
 def _refuse_empty(split: Split, num_cases: int, config: SplitConfig) -> None:
     for name, side in (("training", split.train), ("validation", split.val)):
-        if not side:
-            raise MedsegError(
-                Code.NO_CASES,
-                f"there is no {name} case",
-                where="data.split",
-                got=f"{num_cases} cases, {len(split.test)} more for test, divided by {split.rule}",
-                remedy=f"mark {name} cases in the manifest"
-                if "manifest's split column" in split.rule and "fold" not in split.rule
-                else f"there must be at least two patients (or cases) and not fewer than data.split.num_folds="
-                f"{config.num_folds}; or name the validation cases: data.split.validation=[id, …]",
+        if side:
+            continue
+        if "fold" in split.rule:
+            remedy = (
+                f"folds need at least two patients (or cases), and data.split.fold={config.fold} must be less than "
+                "their number; or name the validation cases: data.split.validation=[id, …]"
             )
+        elif config.validation is not None and "manifest's split column" not in split.rule.partition(";")[0]:
+            remedy = "data.split.validation must name some of the cases, and not all"
+        else:
+            remedy = f"mark {name} cases in the manifest"
+        raise MedsegError(
+            Code.NO_CASES,
+            f"there is no {name} case",
+            where="data.split",
+            got=f"{num_cases} {'case' if num_cases == 1 else 'cases'}, {len(split.test)} more for test, divided by "
+            f"{split.rule.removeprefix('by ')}",
+            remedy=remedy,
+        )
 
 
 def _refuse_leak(split: Split, patients: Mapping[str, str]) -> None:

@@ -28,6 +28,8 @@ MAX_FOUND_VALUES = 64
 """More distinct values than this in undeclared labels are taken for numbered objects, not classes."""
 MAX_PROBLEMS = 20
 """Most cases that the message about bad cases lists."""
+MAX_REMEDIES = 3
+"""Most different remedies of bad cases that it gives."""
 SAMPLE_VOXELS = 100_000
 """Voxels of a case that its intensity statistics are taken from: the 0.5 % tails then still hold 500."""
 POOLED_VOXELS = 4_000
@@ -167,7 +169,7 @@ def survey(
     all_bad = all(case.case_id in problems for case in folder.cases)
     problems.update(folder.problems)
     if on_bad_case == "error" or all_bad:
-        _raise_problems(problems, len(folder.cases))
+        _raise_problems(problems, len(folder.cases), can_skip=not all_bad)
     good = [readings[case.case_id] for case in folder.cases if case.case_id not in problems]
     _refuse_other_kind(good)
     labels = declared or _labels_of_values(good)
@@ -355,19 +357,26 @@ def _with_classes(reading: _CaseRead, labels: Labels) -> CaseInfo:
     return replace(reading.info, label_voxels=tuple(int(n) for n in counts))
 
 
-def _raise_problems(problems: Mapping[str, MedsegError], num_cases: int) -> None:
+def _raise_problems(problems: Mapping[str, MedsegError], num_cases: int, *, can_skip: bool) -> None:
+    """Raise the one problem, or all in a table; `can_skip`: cases remain without the bad ones."""
     if not problems:
         return
     ordered = [problems[case_id] for case_id in sorted(problems)]
+    remedies = [*dict.fromkeys(error.remedy for error in ordered if error.remedy)][:MAX_REMEDIES]
+    if can_skip:
+        these = "this case" if len(ordered) == 1 else "these cases"
+        remedies.append(f"{'or ' if remedies else ''}train without {these}: data.on_bad_case=skip")
+    remedy = "; ".join(remedies) or None
     if len(ordered) == 1:
-        raise ordered[0]
+        one = ordered[0]
+        raise MedsegError(one.code, one.message, where=one.where, expected=one.expected, got=one.got, remedy=remedy)
     table = [f"{case_id}: {problems[case_id].code} {problems[case_id].message}" for case_id in sorted(problems)]
     more = [f"and {len(table) - MAX_PROBLEMS} more"] if len(table) > MAX_PROBLEMS else []
     raise MedsegError(
         ordered[0].code,
         f"{len(ordered)} of {num_cases} cases cannot be used",
         got="\n    ".join(["", *table[:MAX_PROBLEMS], *more]),
-        remedy=ordered[0].remedy,
+        remedy=remedy,
     )
 
 

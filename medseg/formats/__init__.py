@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Union
 import numpy as np
 
 from medseg.errors import Code, MedsegError
-from medseg.formats.content import Kind, is_dicom, kind_of
+from medseg.formats.content import REMEDY_OF_NAME, Kind, content_in_words, is_dicom, kind_of
 from medseg.formats.reading import STRICT, Reading
 from medseg.labels import integer_values, smallest_integer_type
 from medseg.volume import Grid, Volume
@@ -229,17 +229,28 @@ def _kind(path: Path, reading: Reading) -> Kind:
     name = path.name.lower()
     if name.endswith(PAIR_SUFFIXES):  # the .img half has no magic of its own
         return Kind.NIFTI
+    content = content_in_words(path)
     if name.endswith(".dcm"):
         from medseg.formats.dicom.parsing import not_dicom
 
-        raise not_dicom(path)
+        error = not_dicom(path)
+        if content is not None:
+            error = MedsegError(
+                error.code,
+                error.message,
+                where=error.where,
+                expected=error.expected,
+                got=f"its content is {content}",
+                remedy=REMEDY_OF_NAME,
+            )
+        raise error
     known = next((s for s in IMAGE_SUFFIXES if name.endswith(s)), None)
     if known is not None:
         raise MedsegError(
             Code.TRUNCATED,
             f"the file is cut or damaged: its content is not what its ending {known} promises",
             where=path.name,
-            got=f"{path.stat().st_size} bytes",
+            got=f"{path.stat().st_size} bytes" + (f", {content}" if content is not None else ""),
             remedy="copy or download the file again",
         )
     raise MedsegError(

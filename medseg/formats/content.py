@@ -15,6 +15,27 @@ PICTURE_MAGICS = (b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"\xff\xd8\xff", b"G
 """First bytes of PNG, TIFF (either byte order), JPEG and GIF."""
 NIFTI_HEADER_BYTES = (348, 540)
 """Size of the header of NIfTI-1 (and Analyze) and NIfTI-2, which is also its first field."""
+_WORDS = {
+    b"\x89PNG\r\n\x1a\n": "a PNG picture",
+    b"II*\0": "a TIFF picture",
+    b"MM\0*": "a TIFF picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"GIF8": "a GIF picture",
+    b"BM": "a BMP picture",
+    b"PK\x03\x04": "a zip",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    GZIP_MAGIC: "gzip",
+    b"%PDF": "a PDF",
+    b"NRRD": "an NRRD file",
+    b"\x89HDF": "an HDF5 file",
+    b"<?xml": "XML",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
+"""First bytes of what gets the name of a scan by mistake."""
+REMEDY_OF_NAME = "give the file the ending of its content, or take it away"
+_TEXT_BYTES = bytes([9, 10, 13, *range(32, 127)])
 DICOM_MAGIC = b"DICM"
 DICOM_PREAMBLE_BYTES = 128
 
@@ -52,6 +73,39 @@ def is_dicom(path: Path) -> bool:
 def is_dicom_start(start: bytes) -> bool:
     """True for the first bytes of a DICOM file."""
     return start[DICOM_PREAMBLE_BYTES : DICOM_PREAMBLE_BYTES + len(DICOM_MAGIC)] == DICOM_MAGIC
+
+
+def content_in_words(path: Path) -> str | None:
+    """What a file is whose name promised something else ("a JPEG picture"); None where its first bytes do not tell."""
+    try:
+        start = _start(path)
+        kind = kind_of(path) if start else None
+    except MedsegError:
+        return None
+    if not start:
+        return "empty"
+    if kind is Kind.NIFTI:
+        return "a NIfTI file"
+    if kind is not Kind.DICOM:
+        for magic, words in _WORDS.items():
+            if start.startswith(magic):
+                return words
+    return "text" if not start.strip(_TEXT_BYTES) else None
+
+
+def damage_with_content(path: Path, reason: str) -> tuple[str, str | None]:
+    """Why a file is damaged, with what it is instead of DICOM, and what to do.
+
+    Args:
+        path: the file.
+        reason: as `Catalog.damaged` has it.
+    """
+    if not reason.startswith(Code.NOT_DICOM):
+        return reason, None
+    content = content_in_words(path)
+    if content is None:
+        return reason, "old files without a preamble are read with --without-preamble"
+    return f"{reason}; its content is {content}", REMEDY_OF_NAME
 
 
 def is_gzip(path: Path) -> bool:

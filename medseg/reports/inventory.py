@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from medseg.errors import Code, MedsegError
 from medseg.formats import IMAGE_SUFFIXES, Reading, Source, is_image_file, read_grid, strip_suffix
-from medseg.formats.content import Kind, kind_of
+from medseg.formats.content import Kind, damage_with_content, kind_of
 from medseg.formats.dicom.catalog import Catalog, CatalogSeries, read_catalog
 from medseg.formats.dicom.structures import Annotation
 from medseg.formats.remarks import gathered_warnings
@@ -40,7 +40,7 @@ class Scan:
     """A series of DICOM images, or an image file."""
 
     name: str
-    """The catalog's case id, or the name of an image file without its ending."""
+    """The catalog's case id, or the name of an image file without its ending, numbered where others have it."""
     kind: str
     """Modality of a series; "NIfTI" or "picture" for a file."""
     source: Source
@@ -52,11 +52,18 @@ class Scan:
     """What else is known of a DICOM series."""
     picture: str | None = None
     """File name of its picture, if one was drawn."""
+    undrawable: Mapping[str, MedsegError] = field(default_factory=dict)
+    """UID of each annotation that cannot be read on this scan, and why: known where pictures were drawn."""
 
     @property
     def annotations(self) -> tuple[Annotation, ...]:
         """What was drawn on it."""
         return self.series.annotations if self.series else ()
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders of a series, or the file."""
+        return tuple(sorted({file.parent for file in self.files})) if self.series else self.files
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ def inspect_path(
     paths: bool = False,
     series: str | None = None,
     resample_irregular: bool = False,
+    without_preamble: bool = False,
 ) -> None:
     """Say what lies at a path: a table, or JSON alone; progress goes to the standard error.
 
@@ -89,12 +97,13 @@ def inspect_path(
         paths: show where each scan lies, relative to `path`.
         series: show one scan only: its SeriesInstanceUID or case id.
         resample_irregular: read series with tilt, gaps or uneven spacing resampled.
+        without_preamble: try DICOM on files without "DICM" at byte 128 too.
     Raises:
         MedsegError: E_MISSING, E_NO_CASES, E_LIMIT; E_OUTPUT if pictures cannot be written.
     """
     from medseg.reports.inventory_table import show_inventory
 
-    reading = Reading(channels=True, resample_irregular=resample_irregular)
+    reading = Reading(channels=True, resample_irregular=resample_irregular, without_preamble=without_preamble)
     with gathered_warnings(), counting_bar(Console(stderr=True), "headers") as progress:
         inventory = take_inventory(path, reading, progress)
     if series is not None:
@@ -106,6 +115,11 @@ def inspect_path(
         console.out(json.dumps(inventory_json(inventory, paths=paths), indent=2), highlight=False)
     else:
         show_inventory(inventory, console, paths=paths)
+    if pictures is not None:
+        drawn = sum(scan.picture is not None for scan in inventory.scans)
+        teller = Console(stderr=True) if as_json else console
+        what = f"{drawn} {'picture' if drawn == 1 else 'pictures'} in {pictures}"
+        teller.print(what, highlight=False, soft_wrap=True, markup=False)
 
 
 def take_inventory(path: Path, reading: Reading, progress: Progress | None = None) -> Inventory:
@@ -120,9 +134,9 @@ def take_inventory(path: Path, reading: Reading, progress: Progress | None = Non
     """
     if path.is_file() and kind_of(path) in (Kind.NIFTI, Kind.PICTURE):
         return Inventory(Catalog(path, (), (), {}, ()), (_scan_of_file(path, reading),))
-    catalog = read_catalog(path, progress)
+    catalog = read_catalog(path, progress, without_preamble=reading.without_preamble)
     images = [_scan_of_file(file, reading) for file in _image_files(catalog.root)]
-    scans = (*(_scan_of_series(s, reading) for s in catalog.series), *images)
+    scans = tuple(_numbered((*(_scan_of_series(s, reading) for s in catalog.series), *images)))
     if not (scans or catalog.orphans or catalog.others or catalog.damaged):
         raise MedsegError(
             Code.NO_CASES,
@@ -150,13 +164,10 @@ def draw_pictures(inventory: Inventory, folder: Path, reading: Reading, progress
     if folder.exists() and not folder.is_dir():
         raise MedsegError(Code.OUTPUT, "the folder for pictures is a file", where=folder.name, remedy="name a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    taken: dict[str, int] = {}
     scans = []
     for done, scan in enumerate(inventory.scans, start=1):
         if scan.problem is None:
-            taken[scan.name] = taken.get(scan.name, 0) + 1
-            name = scan.name if taken[scan.name] == 1 else f"{scan.name} ({taken[scan.name]})"
-            scan = _drawn(scan, folder / f"{name}.png", reading)
+            scan = _drawn(scan, folder / f"{scan.name}.png", reading)
         scans.append(scan)
         if progress is not None:
             progress(done, len(inventory.scans))
@@ -167,12 +178,25 @@ def _drawn(scan: Scan, path: Path, reading: Reading) -> Scan:
     from medseg.reports.series_picture import save_picture
 
     try:
-        remarks = save_picture(path, scan.source, scan.annotations, title=scan.name, reading=reading)
+        remarks, undrawable = save_picture(path, scan.source, scan.annotations, title=scan.name, reading=reading)
     except MedsegError as error:
         if error.code is Code.OUTPUT:
             raise
         return replace(scan, problem=error)
-    return replace(scan, picture=path.name, warnings=tuple(dict.fromkeys((*scan.warnings, *remarks))))
+    warnings = tuple(dict.fromkeys((*scan.warnings, *remarks)))
+    return replace(scan, picture=path.name, warnings=warnings, undrawable=undrawable)
+
+
+def _numbered(scans: Iterable[Scan]) -> Iterator[Scan]:
+    """The scans under names that tell them apart, also where files' names do not tell A from a: "scan", "scan (2)"."""
+    taken: set[str] = set()
+    for scan in scans:
+        name, number = scan.name, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{scan.name} ({number})"
+        taken.add(name.casefold())
+        yield scan if number == 1 else replace(scan, name=name)
 
 
 def inventory_json(inventory: Inventory, *, paths: bool = False) -> dict[str, Any]:
@@ -193,7 +217,11 @@ def inventory_json(inventory: Inventory, *, paths: bool = False) -> dict[str, An
             for annotation, reason in catalog.orphans
         ],
         "others": catalog.others,
-        "damaged": [{"reason": reason, **_place_json(catalog, path, paths)} for path, reason in catalog.damaged],
+        "damaged": [
+            {"reason": why, "remedy": remedy, **_place_json(catalog, path, paths)}
+            for path, reason in catalog.damaged
+            for why, remedy in [damage_with_content(path, reason)]
+        ],
     }
 
 
@@ -208,6 +236,7 @@ def counts(inventory: Inventory) -> dict[str, int]:
         "with_warnings": sum(bool(scan.warnings) for scan in inventory.scans),
         "annotations": len({a.uid for s in catalog.series for a in s.annotations}) + len(catalog.orphans),
         "orphans": len(catalog.orphans),
+        "annotations_with_problems": len({uid for scan in inventory.scans for uid in scan.undrawable}),
         "others": sum(catalog.others.values()),
         "damaged": len(catalog.damaged),
     }
@@ -245,9 +274,7 @@ def _scan_json(inventory: Inventory, scan: Scan, paths: bool) -> dict[str, Any]:
         "orientation": grid.orientation if grid else None,
         "frame": grid.frame if grid else None,
         "affine": grid.affine.tolist() if grid else None,
-        "problem": None
-        if error is None
-        else {key: told(scan, getattr(error, key)) for key in ("code", "message", "expected", "got", "remedy")},
+        "problem": _problem_json(scan, error),
         "warnings": [told(scan, warning) for warning in scan.warnings],
         "picture": scan.picture,
     }
@@ -259,13 +286,23 @@ def _scan_json(inventory: Inventory, scan: Scan, paths: bool) -> dict[str, Any]:
             "frame_of_reference_uid": series.frame_of_reference,
             "patient": series.patient,
             "annotations": [
-                {**_annotation_json(a), **_place_json(inventory.catalog, a.path, paths)} for a in series.annotations
+                {
+                    **_annotation_json(a),
+                    "problem": _problem_json(scan, scan.undrawable.get(a.uid)),
+                    **_place_json(inventory.catalog, a.path, paths),
+                }
+                for a in series.annotations
             ],
         }
     if paths:
-        place = scan.files[0].parent if series else scan.files[0]
-        entry |= _place_json(inventory.catalog, place, paths)
+        entry |= _place_json(inventory.catalog, scan.places[0], paths)
+        entry["paths"] = [place_of(inventory.catalog, place) for place in scan.places]
     return entry
+
+
+def _problem_json(scan: Scan, error: MedsegError | None) -> dict[str, str | None] | None:
+    keys = ("code", "message", "expected", "got", "remedy")
+    return None if error is None else {key: told(scan, getattr(error, key)) for key in keys}
 
 
 def _annotation_json(annotation: Annotation) -> dict[str, Any]:

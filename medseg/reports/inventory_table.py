@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
+from medseg.errors import MedsegError
+from medseg.formats.content import damage_with_content
 from medseg.formats.dicom.structures import Annotation
 from medseg.reports.inventory import Inventory, Scan, counts, place_of, printable, told
 from medseg.volume import PIXEL_FRAME
@@ -19,6 +21,8 @@ MAX_NAMES = 12
 """Structures of an annotation that the table names."""
 MAX_LINES = 20
 """Files of one kind that are listed below the table."""
+MAX_PLACES = 5
+"""Folders of a series that the table names."""
 NONE = "–"
 _HEADER = ("case", "patient", "kind", "files", "voxels", "size in mm", "axes")
 
@@ -35,15 +39,17 @@ def show_inventory(inventory: Inventory, console: Console, *, paths: bool = Fals
         _print_scans(inventory, console, paths)
     catalog = inventory.catalog
     _list(console, "annotations that belong to no series here", [
-        f"{_structures(annotation)}: [yellow]{_text(reason)}[/yellow]" + _place(inventory, annotation, paths)
+        _place(inventory, annotation, paths) + f"{_structures(annotation)}: [yellow]{_text(reason)}[/yellow]"
         for annotation, reason in catalog.orphans
     ])  # fmt: skip
+    found = [(path, damage_with_content(path, reason)[0]) for path, reason in catalog.damaged]
     if paths:
-        damaged = [f"{_text(place_of(catalog, path))}: [red]{_text(reason)}[/red]" for path, reason in catalog.damaged]
+        damaged = [f"{_text(place_of(catalog, path))}: [red]{_text(reason)}[/red]" for path, reason in found]
     else:
-        reasons = Counter(reason for _, reason in catalog.damaged)
+        reasons = Counter(reason for _, reason in found)
         damaged = [f"{count} × [red]{_text(reason)}[/red]" for reason, count in reasons.most_common()]
     _list(console, "damaged files", damaged)
+    _list(console, "what to do", _remedies(inventory))
     if catalog.others:
         others = ", ".join(f"{count} {_text(kind)}" for kind, count in catalog.others.items())
         console.print(f"other DICOM files, not read: {others}", highlight=False, soft_wrap=not console.is_terminal)
@@ -88,13 +94,33 @@ def _remarks(inventory: Inventory, scan: Scan, paths: bool) -> list[str]:
     lines = [text if count == 1 else f"{count} × {text}" for text, count in drawn.items()]
     error = scan.problem
     if error is not None:
-        got = f": {_text(told(scan, error.got))}" if error.got is not None else ""
-        lines.append(f"[red]{error.code}[/red] {_text(told(scan, error.message))}{got}")
+        lines.append(_refusal(scan, error))
+    lines += [
+        f"{a.kind}: {_refusal(scan, scan.undrawable[a.uid])}" for a in scan.annotations if a.uid in scan.undrawable
+    ]
     lines += [f"[yellow]{_text(told(scan, warning))}[/yellow]" for warning in scan.warnings]
     if paths:
-        place = scan.files[0].parent if scan.series else scan.files[0]
-        lines.append(f"[dim]{_text(place_of(inventory.catalog, place))}[/dim]")
+        places = [place_of(inventory.catalog, place) for place in scan.places]
+        lines += [f"[dim]{_text(place)}[/dim]" for place in places[:MAX_PLACES]]
+        if len(places) > MAX_PLACES:
+            lines.append(f"[dim]and {len(places) - MAX_PLACES} more[/dim]")
     return lines
+
+
+def _refusal(scan: Scan, error: MedsegError) -> str:
+    got = f": {_text(told(scan, error.got))}" if error.got is not None else ""
+    return f"[red]{error.code}[/red] {_text(told(scan, error.message))}{got}"
+
+
+def _remedies(inventory: Inventory) -> list[str]:
+    """What to do about each kind of problem, once."""
+    refused = [
+        (scan, error) for scan in inventory.scans for error in (scan.problem, *scan.undrawable.values()) if error
+    ]
+    found = [(str(error.code), told(scan, error.remedy)) for scan, error in refused]
+    for path, reason in inventory.catalog.damaged:
+        found.append((reason.partition(":")[0], damage_with_content(path, reason)[1]))
+    return [f"[red]{code}[/red] {_text(remedy)}" for code, remedy in dict.fromkeys(found) if remedy]
 
 
 def _structures(annotation: Annotation) -> str:
@@ -105,7 +131,7 @@ def _structures(annotation: Annotation) -> str:
 
 
 def _place(inventory: Inventory, annotation: Annotation, paths: bool) -> str:
-    return f" [dim]{_text(place_of(inventory.catalog, annotation.path))}[/dim]" if paths else ""
+    return f"[dim]{_text(place_of(inventory.catalog, annotation.path))}:[/dim] " if paths else ""
 
 
 def _list(console: Console, title: str, lines: Sequence[str]) -> None:
@@ -130,6 +156,8 @@ def _summary(inventory: Inventory) -> str:
         parts.append(_several(number["annotations"], "annotation"))
     if number["orphans"]:
         parts.append(f"{number['orphans']} of them without its series")
+    if number["annotations_with_problems"]:
+        parts.append(f"{number['annotations_with_problems']} of them cannot be drawn")
     if number["damaged"]:
         parts.append(_several(number["damaged"], "damaged file"))
     return f"\n[bold]{', '.join(parts)}[/bold]"

@@ -24,7 +24,7 @@ MAX_NAME = 40
 
 def save_picture(
     path: Path, source: Source, annotations: Sequence[Annotation], *, title: str, reading: Reading
-) -> list[str]:
+) -> tuple[list[str], dict[str, MedsegError]]:
     """Read a scan and what was drawn on it, and write three planes of it as PNG.
 
     The planes go through the middle, or where the structures are largest. Where structures overlap, the smaller one
@@ -37,22 +37,26 @@ def save_picture(
         title: its heading; says nothing about the patient.
         reading: how the scan is read.
     Returns:
-        Notes of the volume, and one sentence for each annotation that is not in the picture.
+        Notes of the volume, with a sentence for structures that there was no room for; and for each annotation that
+        cannot be read, by its UID, why.
     Raises:
         MedsegError: what reading the scan refuses; E_OUTPUT.
     """
     image = open_volume(source, reading)
-    names, drawn, remarks = _drawn(annotations, image.grid)
+    names, drawn, remarks, problems = _drawn(annotations, image.grid)
     save_figure(path, scan_figure(image, names=names, drawn=drawn if names else None, title=title))
-    return [*image.notes, *remarks]
+    return [*image.notes, *remarks], problems
 
 
-def _drawn(annotations: Sequence[Annotation], grid: Grid) -> tuple[list[str], NDArray[np.uint8], list[str]]:
-    """Names of the structures 1, 2, …, their voxels, and what was left out."""
+def _drawn(
+    annotations: Sequence[Annotation], grid: Grid
+) -> tuple[list[str], NDArray[np.uint8], list[str], dict[str, MedsegError]]:
+    """Names of the structures 1, 2, …, their voxels, what there was no room for, and what cannot be read."""
     names: list[str] = []
     sizes = np.zeros(MAX_STRUCTURES + 1, dtype=np.int64)
     drawn = np.zeros(grid.shape, dtype=np.uint8)
-    remarks = []
+    remarks: list[str] = []
+    problems: dict[str, MedsegError] = {}
     for annotation in annotations:
         named = {s.number: printable(s.name) for s in annotation.structures}
         room = MAX_STRUCTURES - len(names)
@@ -67,5 +71,5 @@ def _drawn(annotations: Sequence[Annotation], grid: Grid) -> tuple[list[str], ND
                 covered = drawn[mask]
                 drawn[mask] = np.where((covered == 0) | (sizes[covered] > sizes[value]), value, covered)
         except MedsegError as error:
-            remarks.append(f"{annotation.kind} is not in the picture: {error.code}: {error.message}")
-    return names, drawn, remarks
+            problems[annotation.uid] = error
+    return names, drawn, remarks, problems

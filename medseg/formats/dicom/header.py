@@ -20,7 +20,7 @@ from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from medseg.errors import MedsegError
+from medseg.errors import Code, MedsegError
 from medseg.formats.dicom.parsing import cut_short, not_dicom, parse, quiet
 from medseg.formats.dicom.sop_classes import is_image, name_of, names_image
 
@@ -200,6 +200,14 @@ def _read_header(
         syntax = ExplicitVRLittleEndian if not dataset.original_encoding[0] else ImplicitVRLittleEndian
     if pixels_at is None or not rows or not columns:
         raise cut_short(path, "the DICOM header ends before the pixels", "Rows, Columns and pixels")
+    if not UID(syntax).is_transfer_syntax:
+        raise MedsegError(
+            Code.MALFORMED,
+            "the header names a transfer syntax that is none",
+            where=path.name,
+            got=str(syntax)[:64],
+            remedy="the header is damaged: export the series again",
+        )
     return _slice(path, tags, UID(syntax), sop_class, (columns, rows), pixels_at, deflated_at)
 
 

@@ -74,8 +74,9 @@ CODEC_PACKAGES = {
     "JPEG": "'medseg[codecs]'",
 }
 """Words in a transfer syntax's name → the packages that decode it; "" where there is none."""
-FASTEST = ("pyjpegls", "pylibjpeg")
-"""Plug-ins of pydicom that are faster than others for the same syntax; else it chooses."""
+PREFERRED = ("pyjpegls", "pydicom")
+"""Plug-ins of pydicom that are taken before others: the fastest for JPEG-LS, and its own for RLE, since pylibjpeg's
+panics on damaged frames. For other syntaxes it chooses."""
 GREY = ("MONOCHROME1", "MONOCHROME2")
 VRS_WITH_LONG_LENGTH = (b"OB", b"OW", b"OF", b"OD", b"OL", b"UN")
 NOT_INTEGER = {0x7FE00008: "f4", 0x7FE00009: "f8"}
@@ -241,7 +242,7 @@ def _decoded(items: Sequence[Slice]) -> Iterator[NDArray[Any]]:
     try:
         dataset = _dataset(first)
         decoder = get_decoder(dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
-        plugin = next((p for p in FASTEST if p in decoder.available_plugins), "")
+        plugin = next((p for p in PREFERRED if p in decoder.available_plugins), "")
         for item in items:
             if item.encoding.syntax.is_encapsulated:
                 _check_coded_size(dataset, item)

@@ -233,7 +233,11 @@ def _plan(stack: Stack) -> irregular.Plan:
     if first.orientation is None or first.pixel_spacing_mm is None:  # `arrange` has seen to it
         raise MedsegError(Code.NO_GEOMETRY, "a slice does not say where it lies", where=first.path.name)
     return irregular.plan_grid(
-        first.matrix[::-1], stack.positions, first.orientation, first.pixel_spacing_mm, where=first.uid
+        first.matrix[::-1],
+        stack.positions,
+        first.orientation,
+        first.pixel_spacing_mm,
+        where=series_names({first.uid: first.modality})[first.uid],
     )
 
 

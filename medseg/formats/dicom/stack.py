@@ -30,6 +30,8 @@ LOCALIZER_DEGREES = 30.0
 """Smallest angle of a localizer against the stack. A plane turned by less is rather a slice gone wrong."""
 SAME_POSITION_MM = 1e-3
 """Slices closer than this along the normal lie at one position."""
+SLIDE = "SM"
+"""Modality of slide microscopy: tiles of a plane, not slices of a patient."""
 MAX_SLICE_PIXELS = 2**28
 """Largest slice that is decoded (16384 × 16384)."""
 
@@ -124,6 +126,14 @@ def _check_geometry(item: Slice, slices: Sequence[Slice]) -> None:
         if value is None:
             files = len({s.path for s in slices})
             pictures = item.position is None and item.frame is None and files > 1
+            if item.modality == SLIDE:
+                raise MedsegError(
+                    Code.UNSUPPORTED,
+                    "slides of microscopy are not read",
+                    where=item.path.name,
+                    got=f"modality {SLIDE}",
+                    remedy="export the region of interest as TIFF or PNG",
+                )
             raise MedsegError(
                 Code.NO_GEOMETRY,
                 "a slice does not say where it lies",
