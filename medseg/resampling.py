@@ -1,126 +1,360 @@
 """Separable resampling between grids that cover the same box: images, logits and label maps.
 
 Resampling along voxel axes is separable: one small matrix per axis, applied in turn. A cubic B-spline with its
-prefilter is also just a matrix, so the general routine's values come out at a fraction of its cost.
+prefilter is also just a matrix, so the general routine's values come out at a fraction of its cost. Its rows fade
+fast: a few neighbouring output voxels read a few dozen input voxels, so the matrix is cut into small dense blocks
+along its diagonal, and the volume is worked through some planes at a time. Beside the input and the result only
+such a slab is held, on whatever device the input lies.
 
 The box is kept, not the voxel centres: output voxel i of n_out covers the share i/n_out … (i+1)/n_out of the axis
-(half-pixel convention, as `Grid.resampled`). Outside the outermost centres the nearest value is continued.
+(half-pixel convention, as `Grid.resampled`). Beyond the outermost centres the edge value is continued without end.
+These are the values of `scipy.ndimage.zoom(mode="nearest", grid_mode=True)`, which scikit-image's `resize` and
+therefore nnU-Net call.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import ndimage
 
+from medseg.errors import Code, MedsegError
+
 ORDERS = (0, 1, 3)
 """Interpolation orders on offer: nearest neighbour, linear, cubic B-spline."""
+BLOCK = 16
+"""Output voxels of an axis that are made at a time: a few planes, and small enough that little of a matrix is zero."""
+NEGLIGIBLE = 1e-7
+"""Weights below this are left out: less than float32 resolves."""
+SPLINE_MARGIN = 16
+"""Voxels by which an axis is continued before the spline's prefilter: its pole to this power is below 1e-9."""
+MIXED_CHUNK = 1 << 16
+"""Voxels between classes that are decided at a time."""
+MIXED = 255
+"""Stands for "several classes meet here" in a uint8 map. A class of that number is decided as if it were mixed."""
 
 
-@lru_cache(maxsize=64)
-def axis_matrix(num_in: int, num_out: int, order: int) -> torch.Tensor:
-    """The (num_out, num_in) float32 matrix that resamples one axis.
+@dataclass(frozen=True)
+class AxisBlock:
+    """`weights` (rows, columns), float32, makes the output voxels `out` of an axis from its input voxels `source`."""
+
+    out: slice
+    source: slice
+    weights: torch.Tensor
+
+
+def _positions(num_in: int, num_out: int) -> np.ndarray:
+    """Where the output voxels' centres lie, in input voxels."""
+    return (np.arange(num_out) + 0.5) * num_in / num_out - 0.5
+
+
+def axis_matrix(num_in: int, num_out: int, order: int) -> np.ndarray:
+    """The (num_out, num_in) float64 matrix that resamples one axis.
 
     Args:
         num_in: voxels along the axis before.
         num_out: voxels along the axis after.
         order: one of `ORDERS`.
     Source:
-        Unser, Splines: a perfect fit for signal and image processing, IEEE Signal Processing Magazine 1999;
-        the weights are read off scipy.ndimage by resampling the unit vectors (boundary "nearest").
+        Unser, Splines: a perfect fit for signal and image processing, IEEE Signal Processing Magazine 1999, eq. 6
+        (the cubic B-spline); the prefilter is scipy.ndimage's.
     """
-    positions = (np.arange(num_out) + 0.5) * num_in / num_out - 0.5
-    positions = positions.clip(0, num_in - 1)
+    positions = _positions(num_in, num_out)
+    rows = np.arange(num_out)
+    matrix = np.zeros((num_out, num_in))
     if order == 0:
-        matrix = np.eye(num_in, dtype=np.float32)[np.floor(positions + 0.5).astype(int).clip(0, num_in - 1)]
-    elif order == 1:
-        low = np.floor(positions).astype(int).clip(0, max(num_in - 2, 0))
-        high = np.minimum(low + 1, num_in - 1)
-        weight = positions - low
-        matrix = np.zeros((num_out, num_in))
-        np.add.at(matrix, (np.arange(num_out), low), 1 - weight)
-        np.add.at(matrix, (np.arange(num_out), high), weight)
-    else:
-        basis = ndimage.spline_filter1d(np.eye(num_in), order=3, axis=0, mode="mirror")
-        columns = [
-            ndimage.map_coordinates(column, positions[None], order=3, mode="mirror", prefilter=False)
-            for column in basis.T
-        ]
-        matrix = np.stack(columns, axis=1)
-    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
+        matrix[rows, np.floor(positions + 0.5).astype(int).clip(0, num_in - 1)] = 1
+        return matrix
+    low = np.floor(positions).astype(int)
+    part = positions - low
+    if order == 1:
+        for shift, weight in enumerate((1 - part, part)):
+            np.add.at(matrix, (rows, (low + shift).clip(0, num_in - 1)), weight)
+        return matrix
+    continued = np.pad(np.eye(num_in), ((SPLINE_MARGIN, SPLINE_MARGIN), (0, 0)), mode="edge")
+    coefficients = ndimage.spline_filter1d(continued, order=3, axis=0, mode="mirror")
+    for shift in range(-1, 3):
+        distance = np.abs(part - shift)
+        near = 2 / 3 - distance**2 * (2 - distance) / 2
+        weight = np.where(distance < 1, near, (2 - distance).clip(0) ** 3 / 6)
+        matrix += weight[:, None] * coefficients[low + shift + SPLINE_MARGIN]
+    return matrix
 
 
-def resample(array: torch.Tensor, shape: tuple[int, ...], *, order: int | tuple[int, ...] = 1) -> torch.Tensor:
-    """Resample the last axes of an array to `shape`.
+@lru_cache(maxsize=64)
+def axis_blocks(num_in: int, num_out: int, order: int, device: torch.device) -> tuple[AxisBlock, ...]:
+    """`axis_matrix` on a device without what is zero: `BLOCK` rows at a time and the columns that they need."""
+    matrix = axis_matrix(num_in, num_out, order)
+    blocks = []
+    for begin in range(0, num_out, BLOCK):
+        rows = matrix[begin : begin + BLOCK]
+        used = np.flatnonzero((np.abs(rows) > NEGLIGIBLE).any(axis=0))
+        source = slice(int(used[0]), int(used[-1]) + 1)
+        weights = torch.from_numpy(np.ascontiguousarray(rows[:, source], dtype=np.float32))
+        blocks.append(AxisBlock(slice(begin, begin + len(rows)), source, weights.to(device)))
+    return tuple(blocks)
+
+
+@torch.no_grad()
+def resample(
+    array: torch.Tensor, shape: tuple[int, ...], *, order: int | tuple[int, ...] = 1, clip: bool = False
+) -> torch.Tensor:
+    """Resample the last axes of an array to `shape`. No gradients flow.
 
     Args:
-        array: float, shape (..., *old_shape).
-        shape: new size of the last len(shape) axes.
+        array: any real type, shape (..., *old_shape). What is not float32 is converted some planes at a time.
+        shape: new size of the last len(shape) axes, at most 3.
         order: one of `ORDERS`, or one for each axis.
+        clip: hold each channel (each index of the leading axes) within the range of its own values, which a cubic
+            spline leaves beside sharp edges.
     Returns:
         float32, shape (..., *shape). The array itself where no axis changes.
     """
     ndim = len(shape)
+    old = tuple(array.shape[array.ndim - ndim :])
+    if old == tuple(shape):
+        return array
     orders = (order,) * ndim if isinstance(order, int) else order
-    result = array
-    # Shrinking axes first keeps what the next ones have to work on small.
-    axes = sorted(range(ndim), key=lambda a: shape[a] / array.shape[a - ndim])
-    for axis in axes:
-        num_in = result.shape[axis - ndim]
-        if num_in == shape[axis]:
-            continue
-        matrix = axis_matrix(num_in, shape[axis], orders[axis]).to(result.device)
-        moved = result.float().movedim(axis - ndim, -1)
-        result = (moved @ matrix.T).movedim(-1, axis - ndim)
+    channels = array.reshape(-1, *old)
+    result = torch.empty((len(channels), *shape), dtype=torch.float32, device=array.device)
+    for channel, out in zip(channels, result, strict=True):
+        limits = channel.aminmax() if clip else None
+
+        def fill(where: slice, channel: torch.Tensor = channel, out: torch.Tensor = out, limits: Any = limits) -> None:
+            slab = _slab(channel, shape, orders, where)
+            out[where] = slab if limits is None else slab.clamp_(*limits)
+
+        _each_slab(fill, shape[0], array.device)
+    return result.reshape(*array.shape[: array.ndim - ndim], *shape)
+
+
+@torch.no_grad()
+def resample_argmax(logits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Argmax over classes of linearly resampled logits: some planes of one class at a time, never a whole volume.
+
+    Args:
+        logits: float of any width, shape (num_classes, *old_shape).
+        shape: the new shape.
+    Returns:
+        uint8 class indices, shape (*shape); equal to `resample(logits, shape).argmax(0)`, ties to the lower class.
+    """
+    old = tuple(logits.shape[1:])
+    if old == tuple(shape):
+        return logits.argmax(0).to(torch.uint8)
+    orders = (1,) * len(shape)
+    result = torch.zeros(shape, dtype=torch.uint8, device=logits.device)
+
+    def fill(where: slice) -> None:
+        winner = result[where]
+        best = _slab(logits[0], shape, orders, where)
+        for index in range(1, logits.shape[0]):
+            candidate = _slab(logits[index], shape, orders, where)
+            winner.masked_fill_(candidate > best, index)
+            torch.maximum(best, candidate, out=best)
+
+    _each_slab(fill, shape[0], logits.device)
     return result
+
+
+def _each_slab(fill: Callable[[slice], None], num_out: int, device: torch.device) -> None:
+    """Call `fill` for each slab, `BLOCK` planes of a first axis of `num_out`.
+
+    All go by the same slabs, because the rounding of a matrix product can depend on its size. On a CPU each thread
+    takes slabs of its own, and torch's threads within one operation are switched off meanwhile: to split every small
+    product among them costs a meeting each, which takes a time slice where something else has the core (measured: up
+    to 100 times slower on a busy machine).
+    """
+    slabs = [slice(begin, min(begin + BLOCK, num_out)) for begin in range(0, num_out, BLOCK)]
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or device.type != "cpu":
+        for where in slabs:
+            fill(where)
+        return
+
+    @torch.no_grad()  # which is a thread's own
+    def work(where: slice) -> None:
+        fill(where)
+
+    torch.set_num_threads(1)  # for the process: a call beside this one sees it and stays in its own thread
+    try:
+        # Again in each thread: MKL's setting is a thread's own
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for part in [pool.submit(work, where) for where in slabs]:
+                part.result()
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _slab(array: torch.Tensor, shape: tuple[int, ...], orders: tuple[int, ...], where: slice) -> torch.Tensor:
+    """Planes `where` of `array` (*old_shape) resampled to `shape`: float32 (planes, *shape[1:])."""
+    ndim = len(shape)
+    if array.shape[0] == shape[0]:
+        slab = array[where].float().contiguous()
+    else:
+        block = axis_blocks(array.shape[0], shape[0], orders[0], array.device)[where.start // BLOCK]
+        planes = array[block.source].float().reshape(block.weights.shape[1], -1)
+        slab = (block.weights @ planes).reshape(-1, *array.shape[1:])
+    # Shrinking axes first keeps what the next ones have to work on small.
+    for axis in sorted(range(1, ndim), key=lambda a: shape[a] / array.shape[a]):
+        if slab.shape[axis] != shape[axis]:
+            slab = _along(slab, axis, shape[axis], orders[axis])
+    return slab
+
+
+def _along(slab: torch.Tensor, axis: int, num_out: int, order: int) -> torch.Tensor:
+    """Resample one axis other than the first of a contiguous slab."""
+    num_in = slab.shape[axis]
+    lines = math.prod(slab.shape[:axis])
+    size = [*slab.shape]
+    size[axis] = num_out
+    out = torch.empty(size, dtype=torch.float32, device=slab.device)
+    if axis == slab.ndim - 1:
+        source, target = slab.view(lines, num_in), out.view(lines, num_out)
+        for block in axis_blocks(num_in, num_out, order, slab.device):
+            torch.mm(source[:, block.source], block.weights.T, out=target[:, block.out])
+        return out
+    source, target = slab.view(lines, num_in, -1), out.view(lines, num_out, -1)
+    for block in axis_blocks(num_in, num_out, order, slab.device):
+        target[:, block.out] = block.weights @ source[:, block.source]
+    return out
 
 
 def resample_labels(labels: torch.Tensor, shape: tuple[int, ...], num_classes: int) -> torch.Tensor:
     """Resample a map of class indices: the class with the largest linearly interpolated share. No new values arise.
 
+    Where all neighbours are of one class, that is the answer. Elsewhere shares are compared as whole numbers (the
+    weights of an axis are multiples of 1 / (2 n_out)), so that ties are ties, whatever the rounding of a machine.
+
     Args:
-        labels: uint8, shape (*old_shape).
+        labels: uint8, shape (*old_shape), at most 3 axes.
         shape: the new shape.
         num_classes: indices are 0 … num_classes - 1; ties go to the lower one.
     Returns:
         uint8, shape (*shape).
+    Raises:
+        MedsegError: E_LABEL if there is an index beyond num_classes - 1.
     """
-    if tuple(labels.shape) == shape:
+    highest = int(labels.max())
+    if highest >= num_classes:
+        raise MedsegError(
+            Code.LABEL,
+            "class index that nothing declares",
+            expected=f"0 … {num_classes - 1}",
+            got=str(highest),
+            remedy="map label ids to class indices first",
+        )
+    old = tuple(labels.shape)
+    if old == tuple(shape):
         return labels
-    present = [c for c in range(num_classes) if bool((labels == c).any())]
-    return _argmax_over(present, lambda c: resample((labels == c).float(), shape, order=1), shape, labels.device)
+    labels = labels.contiguous()
+    axes = [_corners(n, m, labels.device) for n, m in zip(old, shape, strict=True)]
+    result = torch.empty(shape, dtype=torch.uint8, device=labels.device)
+
+    def fill(where: slice) -> None:
+        low = axes[0].low[where]
+        begin, end = int(low[0]), int(low[-1]) + 1
+        # One more plane than there are cells, unless the axis stays as it is
+        cells = _cells(labels[begin : end + axes[0].reach], axes)
+        slab = cells.index_select(0, low - begin)
+        for axis in range(1, len(shape)):
+            if old[axis] != shape[axis]:
+                slab = slab.index_select(axis, axes[axis].low)
+        result[where] = slab
+        _decide_mixed(result[where], labels, axes, where.start)
+
+    _each_slab(fill, shape[0], labels.device)
+    return result
 
 
-def resample_argmax(logits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Argmax over classes of linearly resampled logits, one class at a time: never all classes at full size.
+@dataclass(frozen=True)
+class _Corners:
+    """Along one axis, for each output voxel: the input voxel below it, and the shares of that and the next one.
 
     Args:
-        logits: float, shape (num_classes, *old_shape).
-        shape: the new shape.
-    Returns:
-        uint8 class indices, shape (*shape); equal to `resample(logits, shape).argmax(0)`.
+        low: int64 (num_out,).
+        weights: whole numbers of the same sum, (num_out,) each; one where the axis stays as it is.
+        total: that sum.
     """
-    if tuple(logits.shape[1:]) == shape:
-        return logits.argmax(0).to(torch.uint8)
-    classes = list(range(logits.shape[0]))
-    return _argmax_over(classes, lambda c: resample(logits[c], shape, order=1), shape, logits.device)
+
+    low: torch.Tensor
+    weights: tuple[torch.Tensor, ...]
+    total: int
+
+    @property
+    def reach(self) -> int:
+        return len(self.weights) - 1
 
 
-def _argmax_over(
-    classes: list[int], share: Callable[[int], torch.Tensor], shape: tuple[int, ...], device: torch.device
-) -> torch.Tensor:
-    best_index = torch.zeros(shape, dtype=torch.uint8, device=device)
-    best_share: torch.Tensor | None = None
-    for index in classes:
-        candidate = share(index)
-        if best_share is None:
-            best_share = candidate.clone()
-            best_index.fill_(index)
-            continue
-        better = candidate > best_share
-        best_index[better] = index
-        torch.maximum(best_share, candidate, out=best_share)
-    return best_index
+def _corners(num_in: int, num_out: int, device: torch.device) -> _Corners:
+    index = torch.arange(num_out, device=device)
+    if num_in in (1, num_out):
+        return _Corners(index if num_in == num_out else torch.zeros_like(index), (torch.ones_like(index),), 1)
+    # The position is a fraction of this denominator: ((2 i + 1) num_in - num_out) / (2 num_out)
+    common = math.gcd(2 * num_in, num_in - num_out, 2 * num_out)
+    total = 2 * num_out // common
+    position = (((2 * index + 1) * num_in - num_out) // common).clamp(0, (num_in - 1) * total)
+    low = (position // total).clamp(max=num_in - 2)
+    high_weight = position - low * total
+    return _Corners(low, (total - high_weight, high_weight), total)
+
+
+def _cells(labels: torch.Tensor, axes: list[_Corners]) -> torch.Tensor:
+    """The class of each cell between neighbouring voxels, `MIXED` where they differ: one fewer along changed axes."""
+    low = high = labels
+    for axis, corners in enumerate(axes):
+        if corners.reach:
+            num = low.shape[axis] - 1
+            low = torch.minimum(low.narrow(axis, 0, num), low.narrow(axis, 1, num))
+            high = torch.maximum(high.narrow(axis, 0, num), high.narrow(axis, 1, num))
+    return (low != high).to(torch.uint8).mul_(MIXED).bitwise_or_(low)
+
+
+def _decide_mixed(out: torch.Tensor, labels: torch.Tensor, axes: list[_Corners], first: int) -> None:
+    """Replace `MIXED` in `out`, planes from `first` on of the result, by the class with the largest share."""
+    flat = out.view(-1)
+    mixed = (flat == MIXED).nonzero().squeeze(1)
+    total = math.prod(corners.total for corners in axes)
+    dtype = torch.int32 if total < 2**31 else torch.int64
+    for chunk in torch.split(mixed, MIXED_CHUNK):
+        base = torch.zeros_like(chunk)
+        rest, stride = chunk, 1
+        corner_offsets, corner_weights = [0], [torch.ones((), dtype=dtype, device=out.device)]
+        for axis in reversed(range(out.ndim)):
+            size = out.shape[axis]
+            index, rest = rest % size, rest // size
+            if axis == 0:
+                index = index + first
+            base += axes[axis].low[index] * stride
+            weights = [w[index].to(dtype) for w in axes[axis].weights]
+            corner_offsets = [o + step * stride for step in range(len(weights)) for o in corner_offsets]
+            corner_weights = [w * v for w in weights for v in corner_weights]
+            stride *= labels.shape[axis]
+        source = labels.view(-1)
+        classes = [source.index_select(0, base + offset) for offset in corner_offsets]
+        flat[chunk] = _largest_share(torch.stack(classes), torch.stack(corner_weights), total)
+
+
+def _largest_share(classes: torch.Tensor, weights: torch.Tensor, total: int) -> torch.Tensor:
+    """The class of the largest sum of weights, ties to the lower: (corners, n) classes and weights → (n,)."""
+    low, high = classes.amin(0), classes.amax(0)
+    low_share = (weights * (classes == low)).sum(0, dtype=weights.dtype)
+    high_share = (weights * (classes == high)).sum(0, dtype=weights.dtype)
+    winner = torch.where(high_share > low_share, high, low)
+    # More than two classes: seldom
+    several = (low_share + high_share < total).nonzero().squeeze(1)
+    if len(several):
+        classes, weights = classes[:, several], weights[:, several]
+        best, best_share = classes[0], torch.zeros_like(weights[0])
+        for candidate in classes:
+            share = (weights * (classes == candidate)).sum(0, dtype=weights.dtype)
+            better = (share > best_share) | ((share == best_share) & (candidate < best))
+            best, best_share = torch.where(better, candidate, best), torch.maximum(share, best_share)
+        winner[several] = best
+    return winner
