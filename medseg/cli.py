@@ -73,10 +73,12 @@ def cli() -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of tables.")
 @click.option("--pictures", metavar="FOLDER", type=click.Path(path_type=Path),
-              help="Also save a picture (PNG) of each scan: three planes, with what was drawn on them.")  # fmt: skip
+              help="Also save a picture (PNG) of each scan: three planes, with what was drawn on them. This reads the "
+                   "voxels, and finds more that is wrong than the headers tell.")  # fmt: skip
 @click.option("--paths", is_flag=True, help="Show in which folder each series lies (names of folders may be names).")
 @click.option("--series", metavar="UID", help="Show only this series (its UID, or the name that the table gives it).")
 @click.option("--resample-irregular", is_flag=True, help="Judge and draw series as this option of convert reads them.")
+@click.option("--without-preamble", is_flag=True, help='Try DICOM on files without "DICM" at byte 128.')
 def inspect(
     path: Path,
     as_json: bool,
@@ -84,6 +86,7 @@ def inspect(
     paths: bool,
     series: str | None,
     resample_irregular: bool,
+    without_preamble: bool,
 ) -> None:
     """Show what lies at PATH, without changing anything: which scans, who drew on them, what is wrong with them.
 
@@ -109,10 +112,11 @@ def inspect(
         paths=paths,
         series=series,
         resample_irregular=resample_irregular,
+        without_preamble=without_preamble,
     )
 
 
-@cli.command("convert", short_help="Convert DICOM, SEG and RTSTRUCT to NIfTI, and labels to DICOM.")
+@cli.command("convert", short_help="Convert DICOM, SEG and RTSTRUCT to NIfTI, labels to DICOM, nnU-Net models.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--image", metavar="SERIES", type=click.Path(path_type=Path),
@@ -122,6 +126,8 @@ def inspect(
 @click.option("--labels", metavar="TABLE",
               help="Which structures become which classes, or which value has which name (see above).")  # fmt: skip
 @click.option("--separate", is_flag=True, help="One NIfTI file for each structure, in the folder OUT.")
+@click.option("--orientation", metavar="LETTERS",
+              help="Where the axes of an nnU-Net model's training files ran to; RAS if not given.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace files that exist already.")
 @reading_options
 def convert(
@@ -131,6 +137,7 @@ def convert(
     form: str | None,
     labels: str | None,
     separate: bool,
+    orientation: str | None,
     overwrite: bool,
     series: str | None,
     resample_irregular: bool,
@@ -162,6 +169,12 @@ def convert(
     \b
       medseg convert label.nii.gz label.seg.dcm --image SERIES --labels "{liver: 1, spleen: 2}"
       medseg convert label.nii.gz label.rtstruct.dcm --image SERIES
+
+    A model that nnU-Net v2 trained (the folder with plans.json, or a checkpoint in it) becomes a run for medseg
+    predict. nnU-Net does not write down how its training files lay in the patient: --orientation does, as RAS or LPS.
+
+    \b
+      medseg convert nnUNetTrainer__nnUNetPlans__3d_fullres/fold_0 RUN --orientation LPS
     """
     from rich.console import Console
 
@@ -171,7 +184,9 @@ def convert(
     from medseg.formats.dicom.export import form_named
 
     reading = Reading(series, channels=True, resample_irregular=resample_irregular, without_preamble=without_preamble)
-    options = Options(reading, image, None if form is None else form_named(form), labels, separate, overwrite)
+    options = Options(
+        reading, image, None if form is None else form_named(form), labels, separate, overwrite, orientation
+    )
     convert_path(source, target, Console(), options)
 
 

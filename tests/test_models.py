@@ -40,6 +40,8 @@ SMALL = {
     },
     "fusionnet": {"name": "fusionnet", "widths": [4, 8, 8]},
     "fusionnet_concat": {"name": "fusionnet", "widths": [4, 8, 8], "skip": "concat", "deep_supervision": True},
+    "fusionnet_residual_down": {"name": "fusionnet", "widths": [4, 8, 8], "down": "residual_block"},
+    "residual_encoder_unet": {"name": "residual_encoder_unet", "widths": [4, 8, 8, 12], "num_blocks": [1, 2, 1, 2]},
     "monai_dynunet": {"name": "monai", "network": "DynUNet", "arguments": DYNUNET},
     "monai_dynunet_deep": {"name": "monai", "network": "DynUNet", "arguments": DYNUNET_DEEP},
     "monai_segresnet": {"name": "monai", "network": "SegResNet", "arguments": {"init_filters": 8}},
@@ -56,6 +58,7 @@ RESOLUTIONS = {
     "unet_pool": 1,
     "unet_deep": 2,
     "fusionnet_concat": 1,
+    "residual_encoder_unet": 2,
     "monai_dynunet_deep": 2,
     "monai_segresnet_ds": 2,
 }

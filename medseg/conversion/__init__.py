@@ -1,8 +1,8 @@
-"""`medseg convert`: DICOM series to NIfTI, and structures between SEG, RTSTRUCT and label files.
+"""`medseg convert`: DICOM to NIfTI, structures between SEG, RTSTRUCT and label files, nnU-Net's models to runs.
 
 `images` writes series, alone or a whole tree of them; `structures` makes label maps of annotations; `drawing` makes
-annotations of label maps. Nothing that identifies a patient goes into NIfTI files or tables; a SEG or RTSTRUCT carries
-what its source carries.
+annotations of label maps; `nnunet` makes a run of a trained model. Nothing that identifies a patient goes into NIfTI
+files or tables; a SEG or RTSTRUCT carries what its source carries.
 """
 
 from __future__ import annotations
@@ -28,18 +28,25 @@ def convert(source: Path, target: Path, console: Console, options: Options) -> l
     """Convert a file, a series or a tree.
 
     Args:
-        source: a DICOM series, tree or zip; a SEG or RTSTRUCT file; a NIfTI label.
+        source: a DICOM series, tree or zip; a SEG or RTSTRUCT file; a NIfTI label; a model that nnU-Net trained.
         target: a file, told by its ending, or a folder.
         console: where the user reads.
         options: how.
     Returns:
-        The images, labels and annotations that were written.
+        The images, labels and annotations, or the files of a run, that were written.
     Raises:
         MedsegError: E_MISSING, E_OUTPUT, E_GRID, E_LABEL, E_REFERENCE, and what readers and writers refuse. Where
             parts of a tree cannot be converted, after all others are written.
     """
     if not source.exists():
         raise MedsegError(Code.MISSING, "the input is not there", where=source.name, remedy="check the path")
+    if _is_nnunet(source):
+        from medseg.conversion.nnunet import convert_model  # here, because it imports torch and nothing else does
+
+        given = {"image": options.image, "format": options.form, "labels": options.labels, "separate": options.separate}
+        _refuse_unused("a model of nnU-Net", **given)
+        return convert_model(source, target, console, orientation=options.orientation, overwrite=options.overwrite)
+    _refuse_unused("anything but a model of nnU-Net", orientation=options.orientation)
     form = form_of(target, options.form)
     if not _is_dicom(source, options):
         _refuse_unused("a label file", separate=options.separate)
@@ -68,6 +75,13 @@ def _refuse_unused(what: str, **given: object) -> None:
         raise MedsegError(
             Code.CONFIG, f"{unused[0]} means nothing for {what}", where=unused[0], remedy="see medseg convert --help"
         )
+
+
+def _is_nnunet(source: Path) -> bool:
+    """True for a folder of nnU-Net's results, one of its folds, or a checkpoint."""
+    if source.is_dir():
+        return (source / "plans.json").is_file() or any(source.glob("checkpoint_*.pth"))
+    return source.suffix == ".pth"
 
 
 def _is_dicom(source: Path, options: Options) -> bool:

@@ -49,6 +49,8 @@ class Options:
     separate: bool = False
     """One file for each structure."""
     overwrite: bool = False
+    orientation: str | None = None
+    """Where the axes of the files ran to that a model of nnU-Net was trained on."""
 
 
 def form_of(target: Path, form: Form | None) -> Form:

@@ -24,7 +24,8 @@ from medseg.models.blocks.convolution import ConvolutionStyle
 from medseg.models.blocks.head import SegmentationHead
 from medseg.models.blocks.initialisation import initialise
 from medseg.models.blocks.normalisation import Normalisation
-from medseg.models.blocks.resample import Down, DownBlock, NoDown, Up, make_down, make_up
+from medseg.models.blocks.pool import DownBlock, NoDown
+from medseg.models.blocks.resample import Down, Up, make_down, make_up
 from medseg.models.blocks.skip import Skip, SkipBlock, make_skip
 from medseg.models.contract import SegmentationModel
 from medseg.models.stages import Stage

@@ -9,7 +9,8 @@ from medseg.models.blocks.activation import Activation
 from medseg.models.blocks.block import Block, Stack
 from medseg.models.blocks.convolution import ConvolutionBlock, ConvolutionStyle
 from medseg.models.blocks.normalisation import Normalisation
-from medseg.models.blocks.resample import Down, DownBlock, Up
+from medseg.models.blocks.pool import DownBlock
+from medseg.models.blocks.resample import Down, Up
 from medseg.models.blocks.residual import ResidualBlock
 from medseg.models.blocks.skip import Skip
 from medseg.models.contract import MODELS
@@ -41,7 +42,7 @@ class FusionNetConfig:
     bias: bool = True
     """Whether convolutions add a learnt number."""
     down: Down = "max_pool"
-    """Down-sampling: max_pool, average_pool, strided_convolution (one more convolution per stage)."""
+    """Down-sampling: max_pool, average_pool, strided_convolution (one more convolution), residual_block (two more)."""
     up: Up = "transposed_padded"
     """Up-sampling: transposed, transposed_padded, interpolation, interpolation_convolution."""
     skip: Skip = "add"

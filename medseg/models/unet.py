@@ -11,7 +11,8 @@ from medseg.models.blocks.block import Block, Stack
 from medseg.models.blocks.convolution import ConvolutionBlock, ConvolutionStyle
 from medseg.models.blocks.dropout import Dropout
 from medseg.models.blocks.normalisation import Normalisation
-from medseg.models.blocks.resample import Down, DownBlock, Up
+from medseg.models.blocks.pool import DownBlock
+from medseg.models.blocks.resample import Down, Up
 from medseg.models.blocks.skip import Skip
 from medseg.models.contract import MODELS
 from medseg.models.encoder_decoder import EncoderDecoder, Parts
@@ -43,7 +44,7 @@ class UNetConfig:
     bias: bool = True
     """Whether convolutions add a learnt number."""
     down: Down = "strided_convolution"
-    """Down-sampling: max_pool, average_pool, strided_convolution."""
+    """Down-sampling: max_pool, average_pool, strided_convolution, residual_block (strided, of two convolutions)."""
     up: Up = "transposed"
     """Up-sampling: transposed, transposed_padded, interpolation, interpolation_convolution."""
     skip: Skip = "concat"

@@ -1,7 +1,6 @@
 """Down-sampling and up-sampling.
 
-A factor is the stride S of the step, one number per axis; 1 leaves an axis as it is. An axis can only be divided
-evenly, so that up-sampling meets the size that it left.
+A factor is the stride S of the step, one number per axis; see `pool.py`.
 """
 
 from __future__ import annotations
@@ -16,66 +15,11 @@ from medseg.models.blocks.block import Block, Stack
 from medseg.models.blocks.convolution import ConvolutionBlock, ConvolutionStyle
 from medseg.models.blocks.dimensions import layers
 from medseg.models.blocks.normalisation import make_normalisation
+from medseg.models.blocks.pool import DownBlock, Pool, divided
+from medseg.models.blocks.residual import ResidualBlock
 
-Down = Literal["max_pool", "average_pool", "strided_convolution"]
+Down = Literal["max_pool", "average_pool", "strided_convolution", "residual_block"]
 Up = Literal["transposed", "transposed_padded", "interpolation", "interpolation_convolution"]
-
-
-class DownBlock(Block):
-    """A step down."""
-
-    num_convolutions: int
-    """How many convolutions it holds: they count towards those of the stage that it opens."""
-
-
-class NoDown(DownBlock):
-    """The start of a network: nothing is done.
-
-    Args:
-        channels: C = K.
-    """
-
-    num_convolutions = 0
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.out_channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The input."""
-        return x
-
-    def output_length(self, length: int, axis: int) -> int:
-        """Unchanged."""
-        return length
-
-
-class Pool(DownBlock):
-    """The largest or the mean value of each window; filter size F = stride S, the channels stay.
-
-    Args:
-        kind: "max_pool" or "average_pool".
-        channels: C = K.
-        stride: S per axis.
-    """
-
-    num_convolutions = 0
-
-    def __init__(self, kind: Literal["max_pool", "average_pool"], channels: int, stride: tuple[int, ...]) -> None:
-        super().__init__()
-        self.out_channels = channels
-        self.stride = stride
-        table = layers(len(stride))
-        self.pool = table.max_pool(stride) if kind == "max_pool" else table.average_pool(stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, *spatial) → (N, C, *spatial / S)."""
-        result: Tensor = self.pool(x)
-        return result
-
-    def output_length(self, length: int, axis: int) -> int:
-        """length / S."""
-        return _divided(length, self.stride[axis])
 
 
 class StridedConvolution(DownBlock):
@@ -122,7 +66,45 @@ class StridedConvolution(DownBlock):
 
     def output_length(self, length: int, axis: int) -> int:
         """length / S."""
-        return _divided(length, self.stride[axis])
+        return divided(length, self.stride[axis])
+
+
+class StridedResidualBlock(DownBlock):
+    """A residual block of two convolutions, the first with stride S.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        style: padding (must be "same"), normalisation and activation.
+        kernel: F per axis.
+        stride: S per axis.
+    Raises:
+        MedsegError: E_MODEL without padding.
+    """
+
+    num_convolutions = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: ConvolutionStyle,
+        *,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.block = ResidualBlock(out_channels, style, in_channels=in_channels, kernel=kernel, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, K, *spatial / S)."""
+        result: Tensor = self.block(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length / S."""
+        return self.block.output_length(length, axis)
 
 
 def make_down(
@@ -134,10 +116,14 @@ def make_down(
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> DownBlock:
-    """A step down by name. Pooling keeps `in_channels`; a strided convolution returns `out_channels`."""
-    if name == "strided_convolution":
-        return StridedConvolution(in_channels, out_channels, style, kernel=kernel, stride=stride)
-    return Pool(name, in_channels, stride)
+    """A step down by name. Pooling keeps `in_channels`; the others return `out_channels`."""
+    match name:
+        case "strided_convolution":
+            return StridedConvolution(in_channels, out_channels, style, kernel=kernel, stride=stride)
+        case "residual_block":
+            return StridedResidualBlock(in_channels, out_channels, style, kernel=kernel, stride=stride)
+        case "max_pool" | "average_pool":
+            return Pool(name, in_channels, stride)
 
 
 class TransposedConvolution(Block):
@@ -251,11 +237,3 @@ def make_up(
         case "interpolation_convolution":
             convolution = ConvolutionBlock(in_channels, out_channels, style, kernel=kernel)
             return Stack((Interpolation(in_channels, stride), convolution), in_channels)
-
-
-def _divided(length: int, stride: int) -> int:
-    if length % stride:
-        raise MedsegError(
-            Code.MODEL, "a length cannot be divided evenly", expected=f"a multiple of {stride}", got=length
-        )
-    return length // stride

@@ -4,34 +4,47 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from medseg.errors import Code, MedsegError
 from medseg.models.blocks.activation import make_activation
 from medseg.models.blocks.block import Block, Stack
 from medseg.models.blocks.convolution import ConvolutionBlock, ConvolutionStyle
-from medseg.models.blocks.dimensions import PerAxis
+from medseg.models.blocks.dimensions import PerAxis, per_axis
+from medseg.models.blocks.pool import Pool
 
 
 class ResidualBlock(Block):
-    """activation(x + F(x)), where F is a row of convolutions.
+    """activation(shortcut(x) + F(x)), where F is a row of convolutions.
 
-    Each convolution has its normalisation and activation; the last one's activation comes after the sum.
+    Each convolution has its normalisation and activation; the last one's activation comes after the sum. The first
+    one has the stride. The shortcut is the input itself; where F changes its size, the mean of each window of size S;
+    where F changes the channels, after that a convolution with filters of size 1, without bias, and its normalisation.
 
     Args:
-        channels: C = K, so that the sum needs no projection.
+        channels: K.
         style: padding (must be "same"), normalisation and activation.
+        in_channels: C; None: C = K.
         num_convolutions: how many stand in the row.
         kernel: F, the filter size.
+        stride: S.
     Raises:
         MedsegError: E_MODEL with other padding than "same": the sum would have nothing to match.
 
     Source:
-        He et al., Deep Residual Learning, CVPR 2016, equation 1 with identity shortcut.
+        He et al., Deep Residual Learning, CVPR 2016, equations 1 and 2. He et al., Bag of Tricks for Image
+        Classification, CVPR 2019, figure 2c (ResNet-D): the mean of windows before the projection.
     """
 
     def __init__(
-        self, channels: int, style: ConvolutionStyle, *, num_convolutions: int = 2, kernel: PerAxis = 3
+        self,
+        channels: int,
+        style: ConvolutionStyle,
+        *,
+        in_channels: int | None = None,
+        num_convolutions: int = 2,
+        kernel: PerAxis = 3,
+        stride: PerAxis = 1,
     ) -> None:
         super().__init__()
         if style.padding != "same":
@@ -39,15 +52,43 @@ class ResidualBlock(Block):
                 Code.MODEL, "a residual block adds its input to its output", expected="padding same", got=style.padding
             )
         self.out_channels = channels
+        first = channels if in_channels is None else in_channels
+        factors = per_axis(stride, style.spatial_dims, where="stride")
         styles = [style] * (num_convolutions - 1) + [replace(style, activation="linear")]
-        self.convolutions = Stack((ConvolutionBlock(channels, channels, s, kernel=kernel) for s in styles), channels)
+        convolutions = [
+            ConvolutionBlock(channels if i else first, channels, s, kernel=kernel, stride=1 if i else factors)
+            for i, s in enumerate(styles)
+        ]
+        self.convolutions = Stack(convolutions, first)
+        self.shortcut = _shortcut(first, channels, style, factors)
         self.activation = make_activation(style.activation, channels, negative_slope=style.negative_slope)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, K, *spatial) → the same shape."""
-        result: Tensor = self.activation(x + self.convolutions(x))
+        """(N, C, *spatial) → (N, K, *spatial / S)."""
+        result: Tensor = self.activation(self.shortcut(x) + self.convolutions(x))
         return result
 
     def output_length(self, length: int, axis: int) -> int:
-        """Unchanged."""
-        return length
+        """length / S."""
+        return self.shortcut.output_length(length, axis)
+
+    def start_as_shortcut(self) -> None:
+        """Set scale and shift of the last normalisation to 0: F gives nothing until it has learnt something.
+
+        Source:
+            Goyal et al., Accurate, Large Minibatch SGD, 2017, section 5.1.
+        """
+        last = self.convolutions[-1]
+        for parameter in last.normalisation.parameters():  # type: ignore[union-attr]
+            nn.init.zeros_(parameter)
+
+
+def _shortcut(in_channels: int, out_channels: int, style: ConvolutionStyle, stride: tuple[int, ...]) -> Stack:
+    """From the input to the size and channels of the output; empty where they are its own."""
+    blocks: list[Block] = []
+    if max(stride) > 1:
+        blocks.append(Pool("average_pool", in_channels, stride))
+    if in_channels != out_channels:
+        projection = replace(style, bias=False, activation="linear")
+        blocks.append(ConvolutionBlock(in_channels, out_channels, projection, kernel=1))
+    return Stack(blocks, in_channels)

@@ -1,0 +1,85 @@
+"""Steps down that have no weights: none at all, and pooling.
+
+A factor is the stride S of the step, one number per axis; 1 leaves an axis as it is. An axis can only be divided
+evenly, so that up-sampling meets the size that it left.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from medseg.errors import Code, MedsegError
+from medseg.models.blocks.block import Block
+from medseg.models.blocks.dimensions import layers
+
+
+class DownBlock(Block):
+    """A step down."""
+
+    num_convolutions: int
+    """How many convolutions it holds: they count towards those of the stage that it opens."""
+
+
+class NoDown(DownBlock):
+    """The start of a network: nothing is done.
+
+    Args:
+        channels: C = K.
+    """
+
+    num_convolutions = 0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input."""
+        return x
+
+    def output_length(self, length: int, axis: int) -> int:
+        """Unchanged."""
+        return length
+
+
+class Pool(DownBlock):
+    """The largest or the mean value of each window; filter size F = stride S, the channels stay.
+
+    Args:
+        kind: "max_pool" or "average_pool".
+        channels: C = K.
+        stride: S per axis.
+    """
+
+    num_convolutions = 0
+
+    def __init__(self, kind: Literal["max_pool", "average_pool"], channels: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.stride = stride
+        table = layers(len(stride))
+        self.pool = table.max_pool(stride) if kind == "max_pool" else table.average_pool(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, C, *spatial / S)."""
+        result: Tensor = self.pool(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length / S."""
+        return divided(length, self.stride[axis])
+
+
+def divided(length: int, stride: int) -> int:
+    """length / S.
+
+    Raises:
+        MedsegError: E_MODEL where it cannot be divided evenly.
+    """
+    if length % stride:
+        raise MedsegError(
+            Code.MODEL, "a length cannot be divided evenly", expected=f"a multiple of {stride}", got=length
+        )
+    return length // stride
