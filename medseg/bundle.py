@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from medseg import __version__
+from medseg.data.augment import Mirroring
 from medseg.data.plan import Plan
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
@@ -43,6 +44,7 @@ class BundleInfo:
         mirror_axes: axes that training mirrored; others must not be mirrored in prediction.
         modality: "CT", "MR", … of all training cases; None where they differ or their files do not tell.
         structures: class name → the structures of DICOM annotations that mean it; None where labels were files.
+        swap: classes that change places when left and right are mirrored, each pair once.
     """
 
     model: Mapping[str, Any]
@@ -52,6 +54,13 @@ class BundleInfo:
     mirror_axes: tuple[int, ...] = ()
     modality: str | None = None
     structures: Mapping[str, tuple[str, ...]] | None = None
+    swap: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mirroring(self) -> Mirroring:
+        """What training mirrors, and prediction may."""
+        plan = self.plan
+        return Mirroring.of(self.mirror_axes, self.swap, self.labels.names, plan.orientation, plan.spatial_dims)
 
     def build_model(self) -> SegmentationModel:
         """The network with fresh weights."""
@@ -74,6 +83,7 @@ class BundleInfo:
             "mirror_axes": list(self.mirror_axes),
             "modality": self.modality,
             "structures": self.structures,
+            "swap": dict(self.swap),
         }
         write_atomically(run / BUNDLE_FILE, json.dumps(content, indent=2).encode())
 
@@ -113,6 +123,7 @@ class BundleInfo:
                 tuple(content["mirror_axes"]),
                 content.get("modality"),
                 structures and {str(name): tuple(drawn) for name, drawn in structures.items()},
+                {str(a): str(b) for a, b in content.get("swap", {}).items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise MedsegError(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from medseg.data.augment import Mirroring
 from medseg.errors import MedsegError
 from medseg.inference.sliding_window import (
     WindowConfig,
@@ -58,9 +59,29 @@ def test_mirroring_averages_the_flipped_passes() -> None:
             out[:, 1, 0] = self.scale  # marks the first row of whatever it sees
             return out
 
-    logits = sliding_window_logits(FirstRow(), image, (8, 8), 2, WindowConfig(mirror_axes=(0,)))
+    logits = sliding_window_logits(FirstRow(), image, (8, 8), 2, WindowConfig(mirroring=Mirroring((0,))))
     assert logits[1, 0].tolist() == [0.5] * 8 and logits[1, -1].tolist() == [0.5] * 8
     assert logits[1, 1:-1].abs().sum() == 0
+
+
+def test_mirrored_passes_swap_sides_back() -> None:
+    """A network that calls the low columns class 1 and the high ones class 2, whatever it sees there."""
+
+    class BySide(Pointwise):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros(x.shape[0], 4, *x.shape[2:])
+            half = x.shape[-1] // 2
+            out[:, 1, ..., :half] = out[:, 2, ..., half:] = self.scale
+            out[:, 3] = x[:, 0]
+            return out
+
+    image = torch.randn(1, 8, 8)
+    plain = sliding_window_logits(BySide(), image, (8, 8), 4, WindowConfig())
+    pairs = Mirroring((0, 1), 1, (0, 2, 1, 3))
+    swapped = sliding_window_logits(BySide(), image, (8, 8), 4, WindowConfig(mirroring=pairs))
+    torch.testing.assert_close(swapped, plain)
+    confused = sliding_window_logits(BySide(), image, (8, 8), 4, WindowConfig(mirroring=Mirroring((0, 1))))
+    assert (confused[1] == 0.5).all() and (confused[2] == 0.5).all()
 
 
 @pytest.mark.parametrize(

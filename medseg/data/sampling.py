@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from medseg.data.preprocess import PreparedCase
 
 BatchItem = tuple[int, torch.Tensor, torch.Tensor]
-"""(step, image (N, C, *P) float32, label (N, *P) uint8)."""
+"""(step, image (N, C, *L) float32, label (N, *L) uint8)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,8 @@ class PatchSampler:
             the mean intensity).
         margin: voxels along each axis that the patch is larger than what the network labels of it, at either end
             (padding "valid"): patches may reach over the border by so much, or the border would never be learnt.
+        cut_size: how large the patches of a (step, batch size) are cut, about the same middle: an even number of voxels
+            more than `patch_size`, which augmentation turns into view; None: `patch_size`.
     """
 
     cases: Sequence[PreparedCase]
@@ -44,18 +46,21 @@ class PatchSampler:
     seed: int
     mirror_padding: bool = False
     margin: tuple[int, ...] | None = None
+    cut_size: Callable[[int, int], tuple[int, ...]] | None = None
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of a step: image (N, C, *P) float32 and label (N, *P) uint8."""
+        """The batch of a step: image (N, C, *L) float32 and label (N, *L) uint8, with L the `cut_size` of the step."""
         images, labels = [], []
+        size = self.patch_size if self.cut_size is None else self.cut_size(step, self.batch_size)
+        around = [(n - p) // 2 for n, p in zip(size, self.patch_size, strict=True)]
         num_foreground = math.ceil(self.batch_size * self.foreground_share)
         for index in range(self.batch_size):
             rng = np.random.default_rng([self.seed, step, index])
             case = self.cases[int(rng.integers(len(self.cases)))]
             centred = index >= self.batch_size - num_foreground
-            start = self._start(case, centred, rng)
-            images.append(cut(case.image, start, self.patch_size, mirror=self.mirror_padding))
-            labels.append(cut(case.label[None], start, self.patch_size, mirror=self.mirror_padding)[0])
+            start = [s - a for s, a in zip(self._start(case, centred, rng), around, strict=True)]
+            images.append(cut(case.image, start, size, mirror=self.mirror_padding))
+            labels.append(cut(case.label[None], start, size, mirror=self.mirror_padding)[0])
         return torch.stack(images), torch.stack(labels)
 
     def prefetch(self, first_step: int, ahead: int = 3) -> Generator[BatchItem, None, None]:

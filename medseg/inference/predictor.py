@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from medseg.bundle import Bundle, load_bundle
+from medseg.data.augment import Mirroring
 from medseg.data.preprocess import prepare_image
 from medseg.device import choose_device, choose_precision
 from medseg.errors import Code, MedsegError
@@ -56,15 +57,15 @@ class Predictor:
         """
         where = choose_device(device)
         bundle = load_bundle(run, checkpoint=checkpoint, device=where)
-        axes = bundle.info.mirror_axes if mirror else ()
-        if mirror and not axes:
+        mirroring = bundle.info.mirroring if mirror else Mirroring()
+        if mirror and not mirroring.axes:
             raise MedsegError(
                 Code.MODEL,
                 "the model was trained without mirroring and knows sides: mirrored passes would confuse it",
                 where="--mirror",
                 remedy="leave --mirror out, or train with augment.mirror_axes=[0,1,2] where the anatomy has no sides",
             )
-        config = WindowConfig(step, axes, batch_size, choose_precision(precision, where))
+        config = WindowConfig(step, mirroring, batch_size, choose_precision(precision, where))
         return cls(bundle, config)
 
     def logits(self, image: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from medseg.data.augment import Mirroring
 from medseg.data.sampling import cut
 from medseg.errors import Code, MedsegError
 from medseg.models import SegmentationModel
@@ -29,8 +30,9 @@ class WindowConfig:
 
     step: float = 0.5
     """Distance of tiles as a share of the tile; 1 is no overlap."""
-    mirror_axes: tuple[int, ...] = ()
-    """Average over all combinations of mirroring along these axes: 2^n passes."""
+    mirroring: Mirroring = field(default_factory=Mirroring)
+    """Average over all combinations of mirroring along its axes: 2^n passes. Classes that change places in mirrored
+    training patches change back."""
     batch_size: int = 4
     """Tiles in one forward pass."""
     precision: str = "fp32"
@@ -103,12 +105,16 @@ def _mirrored(
     model: SegmentationModel, tiles: torch.Tensor, config: WindowConfig, device: torch.device
 ) -> torch.Tensor:
     """Mean logits (float32) over the mirrored passes of a batch of tiles (N, C, *P)."""
-    axes = [a + 2 for a in config.mirror_axes]
-    combinations = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
+    mirroring = config.mirroring
+    combinations = [c for n in range(len(mirroring.axes) + 1) for c in itertools.combinations(mirroring.axes, n)]
     with autocast(device, config.precision):
         total: torch.Tensor = model(tiles).float()
         for flips in combinations[1:]:
-            total += model(tiles.flip(flips)).flip(flips).float()
+            axes = [axis + 2 for axis in flips]
+            logits = model(tiles.flip(axes)).flip(axes)
+            if mirroring.swaps(flips):  # what looks like a left kidney in a mirrored tile is the right one
+                logits = logits[:, list(mirroring.classes)]
+            total += logits.float()
     return total / len(combinations)
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from medseg.bundle import BundleInfo
-from medseg.data.augment import mirrored_axes
+from medseg.data.augment import mirrored_axes, side_lines, swapped_classes
 from medseg.data.cases import Case, DataFolder, find_cases
 from medseg.data.plan import make_plan, with_model, with_patch
 from medseg.data.preprocess import PreparedCase, prepare_cases
@@ -71,6 +71,8 @@ def begin(
     console.print(f"split      {sizes} ({split.rule})", highlight=False, soft_wrap=True)
     training = dataclasses.replace(found, cases=tuple(c for c in found.cases if c.case_id in split.train))
     info = plan_run(experiment, training, device)
+    for line in side_lines(info.labels.names, info.mirroring, info.swap):
+        console.print(line, highlight=False, soft_wrap=True)
     write_split(run / SPLIT_FILE, split)
     (run / "survey.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     info.plan.write(run / "plan.yaml")
@@ -135,7 +137,8 @@ def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> Bun
         config = dataclasses.replace(config, num_stages=len(next(iter(given.values()))))
     plan = with_model(make_plan(found, config, device=device.type), given)
     settings |= {name: plan.to_json()[name] for name in shared if name not in given}
-    mirrored = mirrored_axes(experiment.augment, spatial_dims=plan.spatial_dims, is_picture=not plan.orientation)
+    names = found.labels.names
+    mirrored = mirrored_axes(experiment.augment, names, spatial_dims=plan.spatial_dims, is_picture=not plan.orientation)
     info = BundleInfo(
         settings,
         plan,
@@ -144,6 +147,7 @@ def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> Bun
         mirrored,
         modality=found.modality,
         structures=found.structures,
+        swap=swapped_classes(experiment.augment, names),
     )
     model = info.build_model()
     patch = model.next_size(plan.patch_size)

@@ -58,6 +58,14 @@ class Loop:
         is_picture = not plan.orientation
         labelled = model.output_size(plan.patch_size)
         margin = tuple((p - q) // 2 for p, q in zip(plan.patch_size, labelled, strict=True))
+        self.augment = Augmenter(
+            experiment.augment,
+            patch_size=plan.patch_size,
+            spacing_mm=plan.spacing_mm,
+            is_picture=is_picture,
+            mirroring=info.mirroring,
+            seed=experiment.seed,
+        )
         self.sampler = PatchSampler(
             training,
             plan.patch_size,
@@ -66,9 +74,7 @@ class Loop:
             experiment.seed,
             mirror_padding=is_picture or any(margin),
             margin=margin,
-        )
-        self.augment = Augmenter(
-            experiment.augment, spacing_mm=plan.spacing_mm, is_picture=is_picture, seed=experiment.seed
+            cut_size=self.augment.cut_size,
         )
         self.loss: nn.Module = DeepSupervision(LOSSES.build(experiment.loss)).to(device)
         self.optimizer = OPTIMIZERS.build(experiment.optimizer, parameters=model.parameters())
