@@ -174,6 +174,29 @@ def test_no_geometry(tmp_path: Path, tag: str) -> None:
     assert tag in str(refused(tmp_path, Code.NO_GEOMETRY).expected)
 
 
+def test_slides_are_not_slices(tmp_path: Path) -> None:
+    make(tmp_path, lambda ds, k: (setting(Modality="SM")(ds, k), delattr(ds, "ImagePositionPatient")))
+    assert "slides" in refused(tmp_path, Code.UNSUPPORTED).message
+
+
+def test_small_deviations_of_one_sign_add_up(tmp_path: Path) -> None:
+    wide = lambda k: NORMAL * STEP * 0.009 * min(k, SLICES // 2)  # noqa: E731
+    make(tmp_path / "short", moved(wide))
+    assert open_volume(tmp_path / "short").grid.shape[2] == SLICES  # 0.9 % over a few slices is nothing
+    for part in range(12):
+        make(
+            tmp_path / "long",
+            moved(lambda k, p=part: NORMAL * (STEP * SLICES * p + drift(k + SLICES * p))),
+            name=f"{part:02d}_",
+        )
+    assert "further than" in str(refused(tmp_path / "long", Code.SPACING).expected)
+
+
+def drift(k: int, total: int = 12 * SLICES) -> float:
+    """Steps 0.9 % longer in the first half of a long stack."""
+    return STEP * 0.009 * min(k, total // 2)
+
+
 def test_other_objects_and_other_files_are_not_images(tmp_path: Path) -> None:
     make(tmp_path)
     make(tmp_path, lambda ds, k: (only(0)(ds, k), setting(SOPClassUID=SEG, Modality="SEG")(ds, k)), uid="9", name="seg")
