@@ -390,6 +390,16 @@ def test_another_frame_of_reference_is_refused(kind: str, tree: Tree, tmp_path: 
     assert not (tmp_path / "x.nii.gz").exists()
 
 
+def test_another_series_of_the_same_space_is_said(tree: Tree, tmp_path: Path, capsys) -> None:
+    """A contour of the CT on the MR that was registered with it: allowed, but never in silence."""
+    dataset = pydicom.dcmread(tree.rtstruct)
+    uid = pydicom.dcmread(next(tree.series.iterdir())).SeriesInstanceUID
+    dataset.walk(lambda ds, element: setattr(element, "value", "1.2.3.6") if element.value == uid else None)
+    dataset.save_as(tmp_path / "other.dcm")
+    convert(tmp_path / "other.dcm", tmp_path / "x.nii.gz", "--image", tree.series)
+    assert "drawn on another series than CT_" in capsys.readouterr().out
+
+
 def test_what_makes_no_sense_is_refused(tree: Tree, tmp_path: Path, capsys) -> None:
     out = tmp_path / "x.nii.gz"
     assert "E_MISSING" in refused(capsys, tmp_path / "nothing", out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from medseg.formats.dicom.structures import Annotation
 from medseg.formats.label_table import CaseRecord, beside, write_table
 from medseg.formats.remarks import gathered_warnings
 from medseg.volume import Grid, Volume
+
+logger = logging.getLogger(__name__)
 
 
 def convert_annotation(path: Path, target: Path, console: Console, options: Options) -> list[Path]:
@@ -130,7 +133,7 @@ def _referenced(annotation: Annotation, image: Path, options: Options) -> Source
     """
     if image.is_file() and kind_of(image) in (Kind.NIFTI, Kind.PICTURE):
         return image  # nothing tells whether it belongs: the grid must fit
-    found = [s for s in look(image, options).series if options.reading.series in (None, s.info.uid)]
+    found = [s for s in look(image, options).series if options.reading.series in (None, s.info.uid, s.case_id)]
     space = annotation.frame_of_reference
     named = [s for s in found if s.info.uid in annotation.series]
     same_space = [s for s in found if space is not None and s.frame_of_reference == space]
@@ -145,6 +148,8 @@ def _referenced(annotation: Annotation, image: Path, options: Options) -> Source
             remedy="export the images and the structures together again",
         )
     if len(fitting) == 1:
+        if annotation.series and not named:
+            logger.warning("it was drawn on another series than %s, in the same frame of reference", fitting[0].case_id)
         return fitting[0].info
     if fitting or not found or not (annotation.series or space):
         return image  # the reader says that there are several, or none
