@@ -1,8 +1,12 @@
-"""Losses, one per file. Each takes logits (N, C, *S) and class indices (N, *S) and returns a scalar in float32."""
+"""Losses, one per file. Each takes logits (N, C, *S) and class indices (N, *S) and returns a scalar in float32.
+
+`medseg.losses.choice.build_loss` makes the one that fits the labels.
+"""
 
 from torch import nn
 
 from medseg.registry import Registry
 
 LOSSES: Registry[nn.Module] = Registry("loss", "medseg.losses")
-"""Losses by name. Constructor: `Loss(config)`."""
+"""Losses by name. Constructor: `Loss(config)`, or `Loss(config, *, labels)` of one that knows
+voxels that are ignored (`medseg.labels.Labels`); one for regions has an attribute `takes_regions`."""
