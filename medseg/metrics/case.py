@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medseg.errors import Code, MedsegError
+from medseg.labels import IGNORE_INDEX
 from medseg.metrics.masks import ClassMasks, Mask, State
 from medseg.metrics.metric import metrics
 from medseg.volume import Grid
@@ -28,7 +30,7 @@ class ClassResult:
     """The metrics of one class of one case.
 
     Args:
-        index: class index.
+        index: class index; with regions the number of the region, from 1 on.
         state: which of the two masks has voxels.
         values: metric name → value, NaN where undefined.
     """
@@ -44,20 +46,24 @@ def measure_case(
     grid: Grid,
     *,
     num_classes: int,
+    regions: Sequence[tuple[int, ...]] = (),
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     names: Sequence[str] | None = None,
 ) -> list[ClassResult]:
-    """Measure every foreground class of one case.
+    """Measure every foreground class of one case, or every region.
+
+    Voxels where the reference is `IGNORE_INDEX` are left out: there both masks are empty, and nothing is counted.
 
     Args:
         predicted: class indices 0, 1, … on `grid`.
         reference: class indices on the same grid.
         grid: gives the size of a voxel.
         num_classes: number of classes with the background.
+        regions: what is measured instead of classes: the indices of the classes that make up each (`Labels.regions`).
         tolerance_mm: what the surface Dice forgives (pixels for pictures).
         names: metrics to compute; all by default. Without surface metrics it is many times faster.
     Returns:
-        One result per class, in the order of the indices, without the background.
+        One result per class, in the order of the indices, without the background; or one per region.
     Raises:
         MedsegError: E_GRID if the shapes differ, E_LABEL for an index that is not a class, E_NAME for an unknown
             metric, E_CONFIG for a tolerance below zero.
@@ -72,7 +78,9 @@ def measure_case(
             got=f"prediction {predicted.shape}, reference {reference.shape}",
         )
     chosen = metrics(names)
-    all_masks = class_masks(predicted, reference, grid, num_classes=num_classes, tolerance_mm=tolerance_mm)
+    all_masks = class_masks(
+        predicted, reference, grid, num_classes=num_classes, regions=regions, tolerance_mm=tolerance_mm
+    )
     return [
         ClassResult(index, masks.state, {metric.name: metric.measure(masks) for metric in chosen})
         for index, masks in enumerate(all_masks, start=1)
@@ -80,28 +88,48 @@ def measure_case(
 
 
 def class_masks(
-    predicted: IndexMap, reference: IndexMap, grid: Grid, *, num_classes: int, tolerance_mm: float
+    predicted: IndexMap,
+    reference: IndexMap,
+    grid: Grid,
+    *,
+    num_classes: int,
+    regions: Sequence[tuple[int, ...]] = (),
+    tolerance_mm: float,
 ) -> Iterator[ClassMasks]:
-    """The masks of the foreground classes one after the other; the arguments are those of `measure_case`."""
+    """The masks of the foreground classes or regions one after the other; the arguments are those of `measure_case`."""
+    ignored = reference == IGNORE_INDEX
+    num_ignored = int(ignored.sum())
+    if num_ignored:
+        predicted, reference = np.where(ignored, 0, predicted), np.where(ignored, 0, reference)
+    _check(predicted, reference, num_classes)
+    shape, foreground = predicted.shape, _foreground_box(predicted, reference)
+    predicted, reference = predicted[foreground], reference[foreground]
     counts = confusion(predicted, reference, num_classes)
+    counts[0, 0] += math.prod(shape) - predicted.size - num_ignored
     boxes = [ndimage.find_objects(array, max_label=num_classes - 1) for array in (predicted, reference)]
     volume = float(np.prod(grid.spacing_mm)) / (1.0 if grid.is_picture else MM3_PER_ML)
     diagonal = float(np.linalg.norm(np.multiply(grid.shape, grid.spacing_mm)))
     deep = [axis for axis, size in enumerate(grid.shape) if size > 1] or [0]
     flat = tuple(axis for axis in range(grid.ndim) if axis not in deep)
     spacing_mm = tuple(grid.spacing_mm[axis] for axis in deep)
-    for index in range(1, num_classes):
-        box = _union(boxes[0][index - 1], boxes[1][index - 1], grid.ndim)
-        tp = int(counts[index, index])
-        fp, fn = int(counts[index].sum()) - tp, int(counts[:, index].sum()) - tp
+    for classes in regions or [(index,) for index in range(1, num_classes)]:
+        members = list(classes)
+        box = _union([of_map[index - 1] for of_map in boxes for index in members], grid.ndim)
+        tp = int(counts[np.ix_(members, members)].sum())
+        fp, fn = int(counts[members].sum()) - tp, int(counts[:, members].sum()) - tp
         yield ClassMasks(
             tp=tp,
             fp=fp,
             fn=fn,
             tn=int(counts.sum()) - tp - fp - fn,
-            predicted=_without(predicted[box] == index, flat),
-            reference=_without(reference[box] == index, flat),
+            predicted=_without(_mask(predicted[box], members), flat),
+            reference=_without(_mask(reference[box], members), flat),
             spacing_mm=spacing_mm,
+            margins=tuple(
+                (outer.start + inner.start, size - outer.start - inner.stop)
+                for axis, (outer, inner, size) in enumerate(zip(foreground, box, shape, strict=True))
+                if axis in deep
+            ),
             voxel_volume=volume,
             diagonal_mm=diagonal,
             tolerance_mm=tolerance_mm,
@@ -116,14 +144,7 @@ def confusion(predicted: IndexMap, reference: IndexMap, num_classes: int) -> NDA
     Raises:
         MedsegError: E_LABEL for an index that is not a class.
     """
-    for name, array in (("prediction", predicted), ("reference", reference)):
-        if array.size and not (int(array.min()) >= 0 and int(array.max()) < num_classes):
-            raise MedsegError(
-                Code.LABEL,
-                f"the {name} holds an index that is not a class",
-                expected=f"0 … {num_classes - 1}",
-                got=f"{int(array.min())} … {int(array.max())}",
-            )
+    _check(predicted, reference, num_classes)
     total = np.zeros(num_classes**2, dtype=np.int64)
     step = max(1, _VOXELS_PER_CHUNK * predicted.shape[0] // max(predicted.size, 1))
     for start in range(0, predicted.shape[0], step):
@@ -132,13 +153,43 @@ def confusion(predicted: IndexMap, reference: IndexMap, num_classes: int) -> NDA
     return total.reshape(num_classes, num_classes)
 
 
+def _check(predicted: IndexMap, reference: IndexMap, num_classes: int) -> None:
+    for name, array in (("prediction", predicted), ("reference", reference)):
+        if array.size and not (int(array.min()) >= 0 and int(array.max()) < num_classes):
+            raise MedsegError(
+                Code.LABEL,
+                f"the {name} holds an index that is not a class",
+                expected=f"0 … {num_classes - 1}",
+                got=f"{int(array.min())} … {int(array.max())}",
+            )
+
+
+def _foreground_box(predicted: IndexMap, reference: IndexMap) -> tuple[slice, ...]:
+    """The smallest box around all that is not background in one of the two maps; of one voxel if there is nothing."""
+    either = predicted | reference
+    box: list[slice] = []
+    for axis in range(either.ndim):
+        others = tuple(other for other in range(either.ndim) if other != axis)
+        found = np.flatnonzero(np.bitwise_or.reduce(either, axis=others))
+        box.append(slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 1))
+        either = either[(*[slice(None)] * axis, box[-1])]
+    return tuple(box)
+
+
+def _mask(indices: IndexMap, members: list[int]) -> Mask:
+    """Where a map holds one of these classes."""
+    mask: Mask = indices == members[0] if len(members) == 1 else np.isin(indices, members)
+    return mask
+
+
 def _without(mask: Mask, axes: tuple[int, ...]) -> Mask:
     """The mask without these axes, along which it has at most one voxel."""
     return np.asarray(mask.any(axis=axes)) if axes else mask
 
 
-def _union(a: tuple[slice, ...] | None, b: tuple[slice, ...] | None, ndim: int) -> tuple[slice, ...]:
-    """The smallest box around two boxes; an empty one if there is none."""
-    if a is None or b is None:
-        return a or b or (slice(0, 0),) * ndim
-    return tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s, t in zip(a, b, strict=True))
+def _union(boxes: Sequence[tuple[slice, ...] | None], ndim: int) -> tuple[slice, ...]:
+    """The smallest box around these boxes; an empty one if there is none."""
+    found = [box for box in boxes if box is not None]
+    if not found:
+        return (slice(0, 0),) * ndim
+    return tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in zip(*found, strict=True))

@@ -25,7 +25,7 @@ from medseg.metrics.masks import ClassMasks, State
 from medseg.registry import PLUGIN_GROUP
 from medseg.volume import PIXEL_FRAME, PLANE_FRAME, WORLD_FRAME
 
-Dimension = Literal["ratio", "length", "volume"]
+Dimension = Literal["ratio", "length", "volume", "count"]
 MetricFunction = Callable[[ClassMasks], float]
 
 _UNITS: dict[tuple[Dimension, str], str] = {
@@ -49,6 +49,8 @@ class Metric:
         better: which direction ranks predictions; None for values that do not rank (see `medseg.metrics`).
         dimension: what the unit is derived from.
         function: one class of one case → value.
+        default: computed unless names are given; those that are costly or mean something only for some structures
+            are computed by name.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Metric:
     better: Literal["higher", "lower"] | None
     dimension: Dimension
     function: MetricFunction
+    default: bool = True
 
     def measure(self, masks: ClassMasks) -> float:
         """The value for one class of one case; NaN where the class is absent from both."""
@@ -75,32 +78,63 @@ _metrics: dict[str, Metric] = {}
 
 
 def metric(
-    name: str, *, title: str, better: Literal["higher", "lower"] | None, dimension: Dimension
+    name: str,
+    *,
+    title: str,
+    better: Literal["higher", "lower"] | None,
+    dimension: Dimension,
+    default: bool = True,
 ) -> Callable[[MetricFunction], MetricFunction]:
     """Function decorator: make a metric known under `name`. See `Metric` for the arguments."""
 
     def add(function: MetricFunction) -> MetricFunction:
         if name in _metrics:
             raise MedsegError(Code.NAME, f"the metric {name!r} is registered twice", where=function)
-        _metrics[name] = Metric(name, title, better, dimension, function)
+        _metrics[name] = Metric(name, title, better, dimension, function, default)
         return function
 
     return add
 
 
 def metrics(names: Sequence[str] | None = None) -> tuple[Metric, ...]:
-    """The metrics of these names, or all: those of this package first, then those of plugins.
+    """The metrics of these names, or those that are computed by default: first this package's, then plugins'.
 
     Raises:
         MedsegError: E_NAME with the nearest names.
     """
-    _load()
     if names is None:
-        return tuple(_metrics.values())
-    unknown = next((name for name in names if name not in _metrics), None)
+        return tuple(m for m in known_metrics() if m.default)
+    known = {m.name: m for m in known_metrics()}
+    unknown = next((name for name in names if name not in known), None)
     if unknown is not None:
-        raise MedsegError(Code.NAME, f"there is no metric named {unknown!r}", remedy=nearest(unknown, _metrics))
-    return tuple(_metrics[name] for name in names)
+        raise MedsegError(Code.NAME, f"there is no metric named {unknown!r}", remedy=nearest(unknown, known))
+    return tuple(known[name] for name in names)
+
+
+def known_metrics() -> tuple[Metric, ...]:
+    """All metrics, also those that are computed by name only."""
+    _load()
+    return tuple(_metrics.values())
+
+
+def metric_names(text: str) -> tuple[str, ...]:
+    """The names that a user wrote: "dice,hd95", "default,cldice", "all".
+
+    Args:
+        text: names between commas; "default" stands for what is computed without a choice, "all" for everything.
+    Returns:
+        Each name once, in the order of writing.
+    Raises:
+        MedsegError: E_NAME with the nearest names, E_CONFIG if there is none.
+    """
+    names: list[str] = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        groups = {"default": lambda: metrics(), "all": known_metrics}
+        chosen = groups[word]() if word in groups else metrics((word,))
+        names += [m.name for m in chosen]
+    if not names:
+        raise MedsegError(Code.CONFIG, "no metric is named", where="metrics", got=repr(text), remedy="dice,hd95")
+    return tuple(dict.fromkeys(names))
 
 
 @cache

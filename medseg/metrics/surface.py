@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from medseg.metrics.masks import ClassMasks, State
+from medseg.metrics.masks import ROUNDING_MM, ClassMasks, State
 from medseg.metrics.metric import metric
 
 PERCENTILE = 95.0
-ROUNDING_MM = 1e-4
-"""Added to the tolerance: NIfTI headers hold the spacing as float32, so two voxels of 0.8 mm are 1.60000002 mm."""
+
+
+@metric("hd", title="HD", better="lower", dimension="length")
+def hausdorff_distance(masks: ClassMasks) -> float:
+    """Hausdorff distance, in mm: the largest of all distances. One stray voxel decides it; HD95 is more robust.
+
+    Source:
+        Huttenlocher et al., Comparing images using the Hausdorff distance, IEEE TPAMI 1993.
+    """
+    if masks.state is not State.PRESENT:
+        return masks.diagonal_mm
+    return float(max(distances.max() for distances in masks.surface_distances))
 
 
 @metric("hd95", title="HD95", better="lower", dimension="length")
