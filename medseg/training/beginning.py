@@ -4,94 +4,238 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from medseg.bundle import BundleInfo
-from medseg.data.augment import mirrored_axes, side_lines, swapped_classes
+from medseg.data.augment import side_lines
 from medseg.data.cases import Case, DataFolder, find_cases
-from medseg.data.plan import make_plan, with_model, with_patch
-from medseg.data.preprocess import PreparedCase, prepare_cases
-from medseg.data.splits import Split, make_split, read_split, write_split
-from medseg.data.summary import summary_lines
-from medseg.data.survey import Survey, survey
+from medseg.data.facts import CaseInfo, Survey
+from medseg.data.layouts import name_some
+from medseg.data.plan import Plan
+from medseg.data.plan.file import PLAN_FILE
+from medseg.data.preparation import prepare_cases
+from medseg.data.prepared import PreparedCase
+from medseg.data.splits import Split, make_split, read_split, usable, write_split
+from medseg.data.store import Store
+from medseg.data.stratify import class_volumes
+from medseg.data.summary import anomaly_lines, summary_lines
+from medseg.data.survey import survey
 from medseg.errors import Code, MedsegError
-from medseg.models import MODELS
+from medseg.losses.choice import fitting_loss
 from medseg.reports.progress import counting_bar
 from medseg.training.experiment import DataConfig, Experiment
+from medseg.training.planning import plan_run
 
 SPLIT_FILE = "split.json"
 """Which cases train and validate, in a run's folder."""
+SURVEY_FILE = "survey.json"
+"""What reading the cases told."""
+STORE_FOLDER = "prepared"
+"""Beside a run's folder: what was prepared of the cases, for this run and the next ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """What is settled before the first step, of one fold or of several.
+
+    Args:
+        cases: everything in the data folder, by id.
+        splits: one for each of `Experiment.fold_numbers`, in their order.
+        found: what reading the cases told, of all that train or validate.
+        info: plan and model, for all folds.
+    """
+
+    cases: Mapping[str, Case]
+    splits: tuple[Split, ...]
+    found: Survey
+    info: BundleInfo
+
+    def write(self, run: Path, split: Split) -> None:
+        """Write down what one run begins with; its bundle.json comes last."""
+        write_split(run / SPLIT_FILE, split)
+        (run / SURVEY_FILE).write_text(json.dumps(self.found.to_json(), indent=1), encoding="utf-8")
+        self.info.plan.write(run / PLAN_FILE)
+        self.info.write(run)
+
+
+def open_store(data: DataConfig, run: Path) -> Store:
+    """The store that `data.store` names, for a run."""
+    if data.store is None:
+        return Store(None)
+    return Store(run.parent / STORE_FOLDER if data.store == "auto" else Path(data.store))
 
 
 def begin(
-    experiment: Experiment, run: Path, device: torch.device, console: Console
-) -> tuple[dict[str, Case], Split, BundleInfo]:
-    """Find the cases, split them, read each once, say what was found, plan; and write all that down.
+    experiment: Experiment, run: Path, device: torch.device, console: Console, store: Store | None = None
+) -> tuple[Mapping[str, Case], Split, BundleInfo]:
+    """Settle what a run of one fold begins with, and write it down."""
+    settled = settle(experiment, device, console, store)
+    (split,) = settled.splits
+    settled.write(run, split)
+    return settled.cases, split, settled.info
 
-    Test cases are not looked at, and validation cases shape neither the plan nor the normalisation.
+
+def settle(
+    experiment: Experiment,
+    device: torch.device,
+    console: Console,
+    store: Store | None = None,
+    *,
+    say_anomalies: bool = True,
+) -> Settled:
+    """Find the cases, read each once, divide them, plan; and say what was found.
+
+    Test cases are not looked at. Where one fold is trained, its validation cases shape neither the plan nor the
+    normalisation. Several folds have one plan, which all of their cases shape, as in nnU-Net.
     """
     data = experiment.data
     folder = found_cases(data, console)
-    split = make_split(folder.cases, data.split, experiment.seed)
-    if experiment.trainer.overfit_cases is not None:
-        few = split.train[: experiment.trainer.overfit_cases]
-        split = dataclasses.replace(split, train=few, val=few, rule=f"overfitting on {len(few)} case(s)")
-    used = {*split.train, *split.val}
+    found, splits = _read_and_divide(experiment, folder, console, store)
+    for line in (*summary_lines(found), *(anomaly_lines(found) if say_anomalies else [])):
+        console.print(line, highlight=False, soft_wrap=True)
+    for number, split in zip(experiment.fold_numbers, splits, strict=True):
+        _say_split(split, found, None if experiment.folds is None else number, console)
+    training = {case_id for split in splits for case_id in split.train}
+    info = plan_run(
+        experiment,
+        dataclasses.replace(found, cases=tuple(c for c in found.cases if c.case_id in training)),
+        device,
+    )
+    if experiment.folds is not None and experiment.plan is None and experiment.trainer.initial is None:
+        info = dataclasses.replace(info, plan=_of_all_folds(info.plan, len(training)))
+    for line in side_lines(info.labels.declared, info.mirroring, info.swap):
+        console.print(line, highlight=False, soft_wrap=True)
+    _, why = fitting_loss(experiment.loss, info.labels)
+    if why is not None:
+        console.print(f"loss       {why}", highlight=False, soft_wrap=True)
+    return Settled({case.case_id: case for case in folder.cases}, tuple(splits), found, info)
+
+
+def _read_and_divide(
+    experiment: Experiment, folder: DataFolder, console: Console, store: Store | None
+) -> tuple[Survey, list[Split]]:
+    """The survey, and the splits, which are balanced by what it found. Its medians are those of the training cases."""
+    data, numbers = experiment.data, experiment.fold_numbers
+    used = {case.case_id for case in usable(folder.cases, data.split)}
+
+    def into_folds(infos: Sequence[CaseInfo] | None) -> list[Split]:
+        volumes = None if infos is None else class_volumes(infos)
+        bad = () if infos is None else used.difference(info.case_id for info in infos)
+        seed = experiment.seed
+        return [make_split(folder.cases, data.split, seed, fold=n, volumes=volumes, bad=bad) for n in numbers]
+
+    divide: Callable[[Sequence[CaseInfo] | None], list[Split]] = into_folds
+    splits = divide(None)  # what is wrong with the folds is said before anything is read
+    if experiment.folds is not None:
+        _refuse_no_folds(folder.cases, splits)
+    few = experiment.trainer.overfit_cases
+    if few is not None:
+        used = set(splits[0].train[:few])
+        divide = partial(_overfitting, splits[0])
     with counting_bar(console, "reading every case once") as progress:
         found = survey(
             dataclasses.replace(folder, cases=tuple(c for c in folder.cases if c.case_id in used)),
             data.labels,
+            regions_order=data.regions_order,
             num_threads=data.num_threads,
             progress=progress,
             on_bad_case=data.on_bad_case,
-            training=split.train,
+            training=lambda infos: {case_id for split in divide(infos) for case_id in split.train},
             reading=data.reading,
+            store=store,
         )
-    bad = {problem.case_id for problem in found.quarantine}
-    split = dataclasses.replace(
-        split,
-        train=tuple(i for i in split.train if i not in bad),
-        val=tuple(i for i in split.val if i not in bad),
-    )
-    if not split.train or not split.val:
+    return found, divide(found.cases)
+
+
+def _refuse_no_folds(cases: Sequence[Case], splits: Sequence[Split]) -> None:
+    """Several folds make sense where each case validates once."""
+    if any(case.split in ("train", "val") for case in cases):
         raise MedsegError(
-            Code.NO_CASES,
-            "the bad cases leave nothing to train on or nothing to validate on",
-            where=", ".join(sorted(bad)[:10]),
-            remedy="repair them; data.on_bad_case=error lists what is wrong with each",
+            Code.CONFIG,
+            "the manifest's split column says which cases validate: there are no folds",
+            where="folds",
+            remedy="leave folds out; or mark only the test cases in the manifest, and leave the others empty",
         )
-    for line in summary_lines(found):
-        console.print(line, highlight=False, soft_wrap=True)
+    validated = Counter(case_id for split in splits for case_id in split.val)
+    twice = sorted(case_id for case_id, count in validated.items() if count > 1)
+    if twice:
+        raise MedsegError(
+            Code.CONFIG,
+            f"{len(twice)} case(s) validate in several folds: their scores would count twice",
+            where=f"data.split.file: {name_some(twice)}",
+            remedy="let each case validate in one fold, or train the folds one by one: fold=0",
+        )
+
+
+def _overfitting(split: Split, infos: Sequence[CaseInfo] | None) -> list[Split]:
+    few = tuple(info.case_id for info in infos or ())
+    return [dataclasses.replace(split, train=few, val=few, rule=f"overfitting on {len(few)} case(s)")]
+
+
+def _say_split(split: Split, found: Survey, fold: int | None, console: Console) -> None:
+    """How the cases are divided, and which classes one of the sides lacks."""
     sizes = f"{len(split.train)} to train, {len(split.val)} to validate"
     sizes += f", {len(split.test)} set aside to test" if split.test else ""
-    console.print(f"split      {sizes} ({split.rule})", highlight=False, soft_wrap=True)
-    training = dataclasses.replace(found, cases=tuple(c for c in found.cases if c.case_id in split.train))
-    info = plan_run(experiment, training, device)
-    for line in side_lines(info.labels.names, info.mirroring, info.swap):
-        console.print(line, highlight=False, soft_wrap=True)
-    write_split(run / SPLIT_FILE, split)
-    (run / "survey.json").write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
-    info.plan.write(run / "plan.yaml")
-    info.write(run)
-    return {case.case_id: case for case in folder.cases}, split, info
+    name = "split " if fold is None else f"fold {fold}"
+    console.print(f"{name:<11}{sizes} ({split.rule})", highlight=False, soft_wrap=True, markup=False)
+    voxels = {case.case_id: case.label_voxels for case in found.cases}
+    for class_name, parts in zip(found.labels.foreground, found.labels.parts, strict=True):
+        has = {case_id for case_id, counts in voxels.items() if any(counts[part] for part in parts)}
+        if has and not has.intersection(split.train):
+            console.print(
+                f"[yellow]warning[/]    no training case has {escape(class_name)}: the model cannot learn it "
+                f"(it is in {escape(name_some(sorted(has)))})",
+                highlight=False,
+                soft_wrap=True,
+            )
+        elif has and not has.intersection(split.val):
+            console.print(
+                f"note       no validation case has {escape(class_name)}: how well it is found stays unknown",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
-def go_on(experiment: Experiment, run: Path, console: Console) -> tuple[dict[str, Case], Split, BundleInfo]:
+def _of_all_folds(plan: Plan, num_cases: int) -> Plan:
+    """The plan with the reason that it is one for all folds."""
+    reasons = dict(plan.reasons)
+    for name in ("spacing_mm", "patch_size", "normalisation"):
+        if name in reasons and not reasons[name].startswith("set by"):
+            reasons[name] += f"; one plan for all folds, from all {num_cases} cases but those for test, as in nnU-Net"
+    return dataclasses.replace(plan, reasons=reasons)
+
+
+def go_on(experiment: Experiment, run: Path, console: Console) -> tuple[Mapping[str, Case], Split, BundleInfo]:
     """What a run decided when it began: a resumed run keeps its split and plan, also where the folder has grown.
 
     Raises:
         MedsegError: E_MISSING if a case of the split is not in the folder any more; E_RUN if this is no run.
     """
     info, split = BundleInfo.read(run), read_split(run / SPLIT_FILE)
+    return cases_again(experiment, info, [split], console), split, info
+
+
+def cases_again(
+    experiment: Experiment, info: BundleInfo, splits: Sequence[Split], console: Console
+) -> Mapping[str, Case]:
+    """The cases of a run that goes on, by id: those of its splits are all there.
+
+    Raises:
+        MedsegError: E_MISSING.
+    """
     data = experiment.data
     if info.structures is not None:
         data = dataclasses.replace(data, labels=info.structures, modality=data.modality or info.modality)
     cases = {case.case_id: case for case in found_cases(data, console).cases}
-    gone = [case for case in (*split.train, *split.val) if case not in cases]
+    gone = sorted({case for split in splits for case in (*split.train, *split.val) if case not in cases})
     if gone:
         raise MedsegError(
             Code.MISSING,
@@ -99,7 +243,7 @@ def go_on(experiment: Experiment, run: Path, console: Console) -> tuple[dict[str
             where=", ".join(gone[:10]),
             remedy="put them back, or begin a new run",
         )
-    return cases, split, info
+    return cases
 
 
 def found_cases(data: DataConfig, console: Console) -> DataFolder:
@@ -123,55 +267,30 @@ def found_cases(data: DataConfig, console: Console) -> DataFolder:
         )
 
 
-def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> BundleInfo:
-    """The plan and the complete settings of the model: each takes from the other what the user has set there.
-
-    Raises:
-        MedsegError: E_MODEL if a patch size that was asked for does not fit the network; names the nearest that do.
-    """
-    config, settings = experiment.data.plan, dict(experiment.model)
-    part = MODELS.part(str(settings["name"]))
-    shared = [f.name for f in dataclasses.fields(part.config) if f.name in ("widths", "kernels", "strides")]
-    given = {name: settings[name] for name in shared if settings.get(name) is not None}
-    if given and config.num_stages is None:
-        config = dataclasses.replace(config, num_stages=len(next(iter(given.values()))))
-    plan = with_model(make_plan(found, config, device=device.type), given)
-    settings |= {name: plan.to_json()[name] for name in shared if name not in given}
-    names = found.labels.names
-    mirrored = mirrored_axes(experiment.augment, names, spatial_dims=plan.spatial_dims, is_picture=not plan.orientation)
-    info = BundleInfo(
-        settings,
-        plan,
-        found.labels,
-        found.channel_names,
-        mirrored,
-        modality=found.modality,
-        structures=found.structures,
-        swap=swapped_classes(experiment.augment, names),
-    )
-    model = info.build_model()
-    patch = model.next_size(plan.patch_size)
-    if config.patch_size is None and patch != plan.patch_size:
-        reason = f"{plan.reasons['patch_size']}; enlarged to what the network takes"
-        info = dataclasses.replace(info, plan=with_patch(plan, patch, reason))
-    model.output_size(info.plan.patch_size)
-    return info
-
-
 def prepare(
-    experiment: Experiment, info: BundleInfo, cases: Mapping[str, Case], split: Split, console: Console
+    experiment: Experiment,
+    info: BundleInfo,
+    cases: Mapping[str, Case],
+    split: Split,
+    console: Console,
+    store: Store | None = None,
 ) -> tuple[list[PreparedCase], list[PreparedCase]]:
-    """All training and validation cases in memory, as the network sees them."""
+    """All training and validation cases as the network sees them: found in the store, or prepared and kept there."""
     wanted = list(dict.fromkeys([*split.train, *split.val]))
+    store = store or Store(None)
     with counting_bar(console, "preparing the cases") as progress:
         prepared = prepare_cases(
             [cases[i] for i in wanted],
             info.plan,
             info.labels,
-            seed=experiment.seed,
             num_threads=experiment.data.num_threads,
+            store=store,
+            in_memory=experiment.data.in_memory,
             reading=experiment.data.reading,
             progress=progress,
         )
-    by_id = {case.case_id: case for case in prepared}
+    store.decoded.clear()
+    for line in prepared.lines(store.folder):
+        console.print(line, highlight=False, soft_wrap=True)
+    by_id = {case.case_id: case for case in prepared.cases}
     return [by_id[i] for i in split.train], [by_id[i] for i in split.val]

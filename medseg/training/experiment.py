@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from medseg.data.augment import AugmentConfig
 from medseg.data.plan import PlanConfig
-from medseg.data.splits import SplitConfig
+from medseg.data.splits import SplitConfig, num_folds, refuse_fold
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading
 
+CONFIG_FILE = "config.yaml"
+"""The whole configuration of a run, in its folder."""
 DEFAULT_MAX_STEPS = 20_000
 """Steps of a training that states no budget at all."""
 
@@ -25,11 +31,16 @@ class DataConfig:
     RTSTRUCT files, a zip of these, or a CSV/JSON manifest. Of what a run writes only config.yaml and .hydra hold this
     path: resume needs it."""
     manifest: str | None = None
-    """A manifest (case, image, label, patient, split) whose paths are relative to `root`."""
+    """A manifest (case, image, label, patient, split, stratum) whose paths are relative to `root`."""
     labels: Mapping[str, Any] | None = None
-    """Classes as {name: value}, {name: [values]} or {name: rest}; null takes them from dataset.json or the files. Of a
-    tree of DICOM files as {name: structure} or {name: [structures]}, such as {tumour: [GTV-1, gtv]}: structures are
-    compared without case, later classes win where they overlap, and null takes the structures that all cases have."""
+    """Classes as {name: value}, {name: [values]} or {name: rest}; null takes them from dataset.json or the files. A
+    value under several names makes regions of them, which overlap: {tumour: [1, 2], core: 2}. Voxels with the values of
+    "ignore" count neither in training nor in scores. Of a tree of DICOM files as {name: structure} or
+    {name: [structures]}, such as {tumour: [GTV-1, gtv]}: structures are compared without case, later classes win where
+    they overlap, and null takes the structures that all cases have."""
+    regions_order: tuple[str, ...] | None = None
+    """Names of the regions in the order in which predictions paint them, one over the other; null: the one of
+    dataset.json (regions_class_order), else the larger ones first. Stating it makes regions of any classes."""
     modality: str | None = None
     """Of a tree of DICOM files: take the series of this modality only (CT, MR, PT, …)."""
     resample_irregular: bool = False
@@ -43,8 +54,15 @@ class DataConfig:
     """Which cases train and which validate."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """Overrides of the plan."""
+    store: str | None = "auto"
+    """Folder that keeps what was read and prepared of each case, so that the next run need not do it again: entries are
+    found by the content of the files and the settings. "auto": `prepared` beside the run's folder; null: keep nothing.
+    It holds voxels of the cases, and can be deleted whenever no run is using it."""
+    in_memory: bool | Literal["auto"] = "auto"
+    """Whether prepared cases lie in memory (true), or their patches are read from the store (false); auto: in memory as
+    many as fit into half of what is free."""
     num_threads: int = 2
-    """Cases read at a time."""
+    """Cases read and prepared at a time."""
 
     @property
     def reading(self) -> Reading:
@@ -68,6 +86,17 @@ class TrainerConfig:
     """Stop early after this many validations without a better Dice; null never stops early."""
     foreground_share: float = 0.33
     """Share of a batch that is centred on foreground."""
+    even_classes: bool = False
+    """Centre patches on each class equally often, also on one that few cases have: the class is drawn before the case.
+    false draws the case first, and then one of its classes (as nnU-Net)."""
+    initial: str | None = None
+    """Begin with the weights of this run (trained, or converted from nnU-Net): fine-tuning. Its network is taken over,
+    and its plan where no key of data.plan says otherwise; heads for other classes begin anew."""
+    ema: float | None = None
+    """Predict with an exponential moving average of the weights: the share of it that remains at each step, such as
+    0.999 (shorter at the beginning); null predicts with the weights of the last step."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the network; auto: in long trainings on CUDA."""
     gradient_clip: float = 12.0
     """Largest norm of the gradient."""
     device: str = "auto"
@@ -84,12 +113,21 @@ class TrainerConfig:
     """Debugging: train on this many cases and validate on the same ones."""
     final_predictions: bool = True
     """At the end predict and score the validation cases with the best checkpoint on the scans' own grids."""
+    report: bool = True
+    """At the end write report.html: scores, pictures, curves, failures and the model card as one page."""
+    postprocess: Literal["auto", "off"] = "auto"
+    """auto: where the final predictions are better so, `medseg predict` keeps only the largest component of all
+    foreground or of a class (the run's postprocessing.md says why)."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "max_minutes", "num_validations", "patience", "log_steps", "overfit_cases"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise MedsegError(Code.CONFIG, "must be positive", where=f"trainer.{name}", got=value)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise MedsegError(
+                Code.CONFIG, "a decay lies between 0 and 1", where="trainer.ema", expected="such as 0.999", got=self.ema
+            )
         if not 0 <= self.foreground_share <= 1:
             raise MedsegError(
                 Code.CONFIG, "a share lies between 0 and 1", where="trainer.foreground_share", got=self.foreground_share
@@ -126,7 +164,89 @@ class Experiment:
     """What is varied in training patches."""
     trainer: TrainerConfig
     """The loop."""
+    plan: str | None = None
+    """A plan.yaml that medseg plan or an earlier run wrote, perhaps edited, or its folder; null plans from the data.
+    Keys of data.plan win over it."""
+    fold: int = 0
+    """Which fold validates; the others train."""
+    folds: Literal["all"] | tuple[int, ...] | None = None
+    """Several folds, one after the other, with their cross-validation: all, or a list such as [0,1]; null trains `fold`
+    alone."""
     seed: int = 0
     """Seed of everything random."""
     resume: str | None = None
     """Folder of a run to go on with (`medseg train resume=RUN`)."""
+
+    def __post_init__(self) -> None:
+        if self.folds is not None:
+            self._refuse_folds()
+        if self.data.split.file is None:
+            for number in self.fold_numbers:
+                refuse_fold(number, self.data.split)
+
+    def _refuse_folds(self) -> None:
+        stated = {
+            "fold": self.fold != 0,
+            "data.split.validation": self.data.split.validation is not None,
+            "trainer.overfit_cases": self.trainer.overfit_cases is not None,
+        }
+        for key in (key for key, is_set in stated.items() if is_set):
+            raise MedsegError(
+                Code.CONFIG,
+                f"folds and {key} do not go together",
+                where="folds",
+                got=f"folds={self.folds} and {key}",
+                remedy="leave one of them out",
+            )
+        if not self.folds or (self.folds != "all" and len(set(self.folds)) < len(self.folds)):
+            raise MedsegError(
+                Code.CONFIG,
+                "each fold is trained once",
+                where="folds",
+                expected="all, or a list such as [0,1]",
+                got=self.folds,
+            )
+
+    @property
+    def fold_numbers(self) -> tuple[int, ...]:
+        """The folds that are trained; those of a file are checked where they are taken from it.
+
+        Raises:
+            MedsegError: what reading data.split.file refuses; E_CONFIG if it states one split only.
+        """
+        split = self.data.split
+        if self.folds is None:
+            return (self.fold,)
+        count = num_folds(split)
+        if count < 2:
+            raise MedsegError(
+                Code.CONFIG,
+                "the file states one split: there are no folds to go through",
+                where="data.split.file",
+                remedy="leave folds out, or give a list of splits as nnU-Net's splits_final.json",
+            )
+        return tuple(range(count)) if self.folds == "all" else self.folds
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML in which every text that another reader might take for something else is quoted (1e5, 0x10)."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isidentifier() else '"')
+
+
+_Plain.add_representer(str, _quoted)
+
+
+def write_config(experiment: Experiment, run: Path) -> None:
+    """Write the whole configuration of a run into its folder."""
+    values = _plain(dataclasses.asdict(experiment))
+    text = yaml.dump(values, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+    (run / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +14,22 @@ from torch import nn
 
 from medseg.bundle import BundleInfo, checkpoint_path
 from medseg.data.augment import Augmenter
-from medseg.data.preprocess import PreparedCase
-from medseg.data.sampling import PatchSampler
-from medseg.device import choose_precision
+from medseg.data.prepared import PreparedCase
+from medseg.data.sampling import BatchItem, PatchSampler
+from medseg.device import choose_precision, explicit_padding, keep_freed_memory
 from medseg.errors import Code, MedsegError
 from medseg.inference.sliding_window import WindowConfig, autocast, memory_format
-from medseg.losses import LOSSES
+from medseg.losses.choice import build_loss
 from medseg.losses.deep_supervision import DeepSupervision
 from medseg.models import SegmentationModel
 from medseg.program import command
 from medseg.reports.overlay import figure_to_array, overlay_figure
+from medseg.training.averaging import WeightAverage
+from medseg.training.beginning import SURVEY_FILE
+from medseg.training.class_weights import with_class_weights
+from medseg.training.compiling import Forward, wants_compiling
 from medseg.training.experiment import Experiment
+from medseg.training.feeding import on_device
 from medseg.training.journal import DICE_PREFIX, Journal
 from medseg.training.optimizers import OPTIMIZERS
 from medseg.training.schedules import SCHEDULES, Schedule
@@ -75,15 +80,28 @@ class Loop:
             mirror_padding=is_picture or any(margin),
             margin=margin,
             cut_size=self.augment.cut_size,
+            annotated_only=bool(info.labels.ignore),
+            even_classes=self.config.even_classes,
         )
-        self.loss: nn.Module = DeepSupervision(LOSSES.build(experiment.loss)).to(device)
+        self.notes: list[str] = []
+        loss, weights_note = with_class_weights(
+            experiment.loss, info.labels, run / SURVEY_FILE, {case.case_id for case in training}
+        )
+        if weights_note is not None:
+            self.notes.append(weights_note)
+        self.loss: nn.Module = DeepSupervision(build_loss(loss, info.labels)).to(device)
         self.optimizer = OPTIMIZERS.build(experiment.optimizer, parameters=model.parameters())
         self.schedule: Schedule = SCHEDULES.build(experiment.schedule)
         self.base_lr = float(self.optimizer.param_groups[0]["lr"])
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.average = None if self.config.ema is None else WeightAverage(model, self.config.ema)
+        is_compiled = wants_compiling(self.config.compile, device, steps=self.config.steps, minutes=self.config.minutes)
+        self.forward = Forward(model, compiled=is_compiled, must=self.config.compile == "on")
+        if device.type == "cpu":
+            keep_freed_memory()
         self.counters = Counters()
         if experiment.resume is not None and checkpoint_path(run, "latest").exists():
-            self.counters = resume_latest(run, model, self.optimizer, self.scaler)
+            self.counters = resume_latest(run, model, self.optimizer, self.scaler, self.average)
             # A larger budget moves the evenly spread validations: those due by now count as done.
             self.counters.validations = int(self.progress() * self.config.num_validations + 1e-9)
         self.last_dice = math.nan
@@ -107,11 +125,13 @@ class Loop:
         started = time.monotonic() - 60 * self.counters.minutes
         mark, mark_step = time.monotonic(), self.counters.step
         recent, num_recent = torch.zeros((), device=self.device), 0
-        batches = self.sampler.prefetch(self.counters.step)
+        for note in self.notes:
+            journal.say(note)
+        batches = self.feed()
         with StopSignals() as stop, closing(batches):
             while self.progress() < 1 and stop.received is None:
                 step, image, label = next(batches)
-                recent += self.train_step(step, image.to(self.device), label.to(self.device))
+                recent += self.train_step(step, image, label)
                 num_recent += 1
                 self.counters.step = step + 1
                 self.counters.minutes = (time.monotonic() - started) / 60
@@ -128,9 +148,14 @@ class Loop:
                     self.counters.minutes = (time.monotonic() - started) / 60
                     self.save()
                     if self.config.patience is not None and self.counters.stale >= self.config.patience:
-                        journal.say(f"no better Dice for {self.counters.stale} validations: stopping early")
+                        journal.say(
+                            f"stopping early: no validation Dice above {self.counters.best_dice:.4f} (step "
+                            f"{self.counters.best_step}) in the last {self.counters.stale} validations, and "
+                            f"trainer.patience={self.config.patience}"
+                        )
                         return
                 elif time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
+                    self.check_finite(float(recent))
                     self.save()
             if stop.received is not None:
                 self.save()
@@ -138,23 +163,40 @@ class Loop:
                 journal.say("  " + command("train", f"resume={self.run}"))
         stop.raise_received()
 
+    def feed(self) -> Generator[BatchItem, None, None]:
+        """Batches from the next step on, made ahead by a thread, on the device."""
+        return on_device(self.sampler.prefetch(self.counters.step), self.device)
+
     def train_step(self, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """One optimizer step on a batch; returns the loss, detached and still on the device."""
-        factor = self.schedule(self.progress())
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.base_lr * factor
+        """One optimizer step on a batch; returns the loss, detached and still on the device.
+
+        Nothing in it waits for a GPU.
+        """
+        self.set_rates()
         image, label = self.augment(image, label, step)
         image = image.contiguous(memory_format=memory_format(self.plan.spatial_dims))
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.precision):
-            outputs = self.model(image)
+        with autocast(self.device, self.precision), explicit_padding(self.device):
+            outputs = self.forward(image)
         loss: torch.Tensor = self.loss(outputs, label)
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(step)
         return loss.detach()
+
+    def set_rates(self) -> None:
+        """Give the optimizer what the schedule says of this moment."""
+        factor, momentum = self.schedule(self.progress()), self.schedule.momentum(self.progress())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.base_lr * factor
+            if momentum is not None and "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            elif momentum is not None and "momentum" in group:
+                group["momentum"] = momentum
 
     def log_training(self, journal: Journal, loss: float, samples_per_s: float) -> None:
         """Record the mean loss of the last steps and move the bar."""
@@ -195,6 +237,11 @@ class Loop:
 
     def validate(self, journal: Journal) -> None:
         """Whole volumes: record Dice and overlays, keep the best weights."""
+        with nullcontext() if self.average is None else self.average.applied():
+            self.validate_as_is(journal)
+
+    def validate_as_is(self, journal: Journal) -> None:
+        """`validate` with the weights that the model has."""
         started = time.monotonic()
         result, kept = validate(
             self.model, self.validation, self.plan.patch_size, self.labels, self.loss, self.window, keep=self.shown
@@ -237,5 +284,5 @@ class Loop:
 
     def save(self) -> None:
         """Write the latest checkpoint."""
-        save_latest(self.run, self.model, self.optimizer, self.scaler, self.counters)
+        save_latest(self.run, self.model, self.optimizer, self.scaler, self.counters, self.average)
         self.saved_at = time.monotonic()

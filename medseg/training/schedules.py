@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 from medseg.errors import Code, MedsegError
 from medseg.registry import Registry
 
 
-class Schedule(Protocol):
-    """Factor of the learning rate."""
+class Schedule:
+    """Factor of the learning rate, and the momentum where it changes too."""
 
     def __call__(self, progress: float) -> float:
         """From progress 0 … 1 (the share of the budget that is used) to a factor 0 … 1."""
+        raise NotImplementedError
+
+    def momentum(self, progress: float) -> float | None:
+        """Momentum (of Adam the decay of the first moment) at `progress`; None leaves the optimizer's."""
+        return None
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule", "medseg.training.schedules")
@@ -34,7 +38,7 @@ class PolyConfig:
 
 
 @SCHEDULES.register("poly", PolyConfig)
-class Poly:
+class Poly(Schedule):
     """Warm-up, then (1 − progress)^power."""
 
     def __init__(self, config: PolyConfig) -> None:
@@ -60,7 +64,7 @@ class CosineConfig:
 
 
 @SCHEDULES.register("cosine", CosineConfig)
-class Cosine:
+class Cosine(Schedule):
     """Warm-up, then half a cosine down to `final`."""
 
     def __init__(self, config: CosineConfig) -> None:
@@ -71,6 +75,71 @@ class Cosine:
         done = _after_warmup(progress, self.config.warmup)
         decay = self.config.final + (1 - self.config.final) * (1 + math.cos(math.pi * done)) / 2
         return _warmup(progress, self.config.warmup) * decay
+
+
+@dataclass(frozen=True)
+class OneCycleConfig:
+    """Settings of `OneCycle`."""
+
+    peak: float = 0.3
+    """Share of the training at which the learning rate is highest (the optimizer's lr)."""
+    start: float = 0.04
+    """Factor at the start."""
+    final: float = 1e-4
+    """Factor at the end."""
+    momentum: tuple[float, float] | None = (0.85, 0.95)
+    """Lowest momentum (at the peak) and highest (at both ends), of Adam the decay of the first moment; null leaves the
+    optimizer's own."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < 1:
+            raise MedsegError(
+                Code.CONFIG,
+                "the peak is a share of the training",
+                where="schedule.peak",
+                expected="between 0 and 1",
+                got=self.peak,
+            )
+        if not (0 < self.start <= 1 and 0 <= self.final <= 1):
+            raise MedsegError(
+                Code.CONFIG,
+                "the factors of the learning rate lie between 0 and 1",
+                where="schedule.start, schedule.final",
+                got=f"{self.start}, {self.final}",
+            )
+        if self.momentum is not None and not 0 <= self.momentum[0] <= self.momentum[1] < 1:
+            raise MedsegError(
+                Code.CONFIG, "momentum is (lowest, highest), below 1", where="schedule.momentum", got=self.momentum
+            )
+
+
+@SCHEDULES.register("one_cycle", OneCycleConfig)
+class OneCycle(Schedule):
+    """Up to the learning rate and down to almost nothing, along half cosines; the momentum goes the other way.
+
+    Source:
+        Smith and Topin, Super-Convergence, 2018, arXiv:1708.07120; Smith, arXiv:1803.09820, section 4.2 (momentum).
+        Half cosines instead of straight lines, as in fastai and torch's OneCycleLR.
+    """
+
+    def __init__(self, config: OneCycleConfig) -> None:
+        self.config = config
+
+    def __call__(self, progress: float) -> float:
+        """Factor at `progress` in 0 … 1."""
+        return self._between(progress, self.config.start, 1.0, self.config.final)
+
+    def momentum(self, progress: float) -> float | None:
+        """Momentum at `progress` in 0 … 1."""
+        if self.config.momentum is None:
+            return None
+        low, high = self.config.momentum
+        return self._between(progress, high, low, high)
+
+    def _between(self, progress: float, first: float, peak: float, last: float) -> float:
+        progress, at = min(1.0, max(0.0, progress)), self.config.peak
+        start, end, done = (first, peak, progress / at) if progress < at else (peak, last, (progress - at) / (1 - at))
+        return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def _warmup(progress: float, warmup: float) -> float:

@@ -11,8 +11,11 @@ from torch import nn
 
 from medseg.bundle import MODEL_PREFIX, checkpoint_path, load_weights, read_checkpoint, write_checkpoint
 from medseg.errors import Code, MedsegError
+from medseg.training.averaging import WeightAverage
 
 OPTIMIZER_PREFIX = "optimizer."
+TRAINED_PREFIX = "trained."
+"""The weights that training goes on with, where others predict: those under `MODEL_PREFIX` are their average then."""
 
 
 @dataclass
@@ -39,10 +42,18 @@ def save_best(run: Path, model: nn.Module, counters: Counters) -> None:
 
 
 def save_latest(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, counters: Counters
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    counters: Counters,
+    average: WeightAverage | None,
 ) -> None:
-    """Write all that `resume` needs as the latest checkpoint."""
+    """Write the weights that predict, and all that `resume` needs, as the latest checkpoint."""
     tensors = _weights(model)
+    if average is not None:
+        tensors = {TRAINED_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+        tensors |= {MODEL_PREFIX + name: tensor for name, tensor in average.weights().items()}
     state = optimizer.state_dict()
     for index, entries in state["state"].items():
         for name, value in entries.items():
@@ -53,9 +64,15 @@ def save_latest(
 
 
 def resume_latest(
-    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: WeightAverage | None,
 ) -> Counters:
-    """Put the latest checkpoint's state into model, optimizer and loss scaler.
+    """Put the latest checkpoint's state into model, optimizer, loss scaler and average.
+
+    A run that had no average begins one from its weights.
 
     Raises:
         MedsegError: E_CHECKPOINT or E_MODEL, from reading; E_CHECKPOINT if it holds no trainer state.
@@ -65,6 +82,11 @@ def resume_latest(
     if "param_groups" not in metadata:
         raise MedsegError(Code.CHECKPOINT, "this checkpoint holds weights only", where=path)
     load_weights(model, tensors, where=path)
+    if average is not None:
+        average.load(model.state_dict())
+    trained = {k.removeprefix(TRAINED_PREFIX): v for k, v in tensors.items() if k.startswith(TRAINED_PREFIX)}
+    if trained:
+        load_weights(model, {MODEL_PREFIX + name: tensor for name, tensor in trained.items()}, where=path)
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         if key.startswith(OPTIMIZER_PREFIX):
@@ -83,6 +105,16 @@ def resume_latest(
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     scaler.load_state_dict(metadata["scaler"])
+    return Counters(**metadata["counters"])
+
+
+def read_counters(run: Path) -> Counters:
+    """How far a run is, by its latest checkpoint.
+
+    Raises:
+        MedsegError: E_CHECKPOINT, from reading.
+    """
+    _, metadata = read_checkpoint(checkpoint_path(run, "latest"))
     return Counters(**metadata["counters"])
 
 

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from medseg.bundle import BundleInfo, load_bundle
+from medseg.bundle import BundleInfo, checkpoint_path, load_bundle
 from medseg.data.cases import Case
+from medseg.data.splits import Split
+from medseg.data.store import Store
 from medseg.device import choose_device
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import memory_format
 from medseg.program import command
+from medseg.reports.crossvalidation import CrossValidation, print_crossvalidation, read_evaluation
 from medseg.reports.curves import save_curves
 from medseg.reports.evaluation import Evaluation
+from medseg.reports.html.run import write_run_report
 from medseg.reports.progress import counting_bar
 from medseg.reports.tables import print_evaluation
-from medseg.training.beginning import begin, go_on, prepare
-from medseg.training.experiment import Experiment
+from medseg.training.beginning import begin, go_on, open_store, prepare
+from medseg.training.card import device_in_words, write_card
+from medseg.training.experiment import Experiment, write_config
+from medseg.training.folds import Folds, Sides, begin_folds, go_on_folds
+from medseg.training.initial import load_initial
 from medseg.training.journal import HISTORY_FILE, Journal
 from medseg.training.loop import Loop
-from medseg.training.validation import final_validation
+from medseg.training.postprocessing import postprocess_run
+from medseg.training.validation import FINAL_FOLDER, final_validation
+
+CROSSVALIDATION_FOLDER = "crossvalidation"
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class TrainResult:
     """How a run ended.
 
     Args:
-        run: its folder.
+        run: its folder; of several folds the one that holds theirs, and what follows is of all of them.
         best_dice: best mean foreground Dice of a validation on whole volumes.
         steps: optimizer steps done.
         minutes: minutes of the loop.
@@ -59,30 +70,79 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     """
     console = console or Console()
     run.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(experiment.seed)
     device = choose_device(experiment.trainer.device)
-
     if experiment.resume is None:
-        cases, split, info = begin(experiment, run, device, console)
+        write_config(experiment, run)
+    store = open_store(experiment.data, run)
+    if experiment.folds is not None:
+        return _train_folds(experiment, run, device, console, store)
+    if experiment.resume is None:
+        cases, split, info = begin(experiment, run, device, console, store)
     else:
         cases, split, info = go_on(experiment, run, console)
+    prepared = partial(prepare, experiment, info, cases, console=console, store=store)
+    return _train_fold(experiment, run, info, cases, split, prepared, device, console)
 
+
+def _train_folds(
+    experiment: Experiment, run: Path, device: torch.device, console: Console, store: Store
+) -> TrainResult:
+    """The folds one after the other, with one plan and one preparation, and their cross-validation."""
+    if experiment.resume is None:
+        folds = begin_folds(experiment, run, device, console, store)
+    else:
+        folds = go_on_folds(experiment, run, console)
+    preparation = folds.preparation(experiment, console, store)
+    try:
+        for place, fold in enumerate(folds.members, start=1):
+            console.rule(f"fold {fold.number}: {place} of {len(folds.members)}")
+            if fold.number in folds.finished:
+                alone = command("train", f"resume={fold.run}")
+                said = f"done before, and left as it is; a larger budget reaches it by: {alone}"
+                console.print(said, highlight=False, soft_wrap=True, markup=False)
+                continue
+            _train_fold(fold.experiment, fold.run, folds.info, folds.cases, fold.split, preparation, device, console)
+            folds.finish(fold)
+    except (KeyboardInterrupt, SystemExit):
+        again = command("train", f"resume={run}")
+        console.print(f"go on with this fold and the next ones: {again}", highlight=False, soft_wrap=True, markup=False)
+        raise
+    return conclude_folds(experiment, folds, console)
+
+
+def _train_fold(
+    experiment: Experiment,
+    run: Path,
+    info: BundleInfo,
+    cases: Mapping[str, Case],
+    split: Split,
+    preparation: Sides,
+    device: torch.device,
+    console: Console,
+) -> TrainResult:
+    """One training from the fresh network to the final validation."""
+    torch.manual_seed(experiment.seed)
     model = info.build_model().to(device, memory_format=memory_format(info.plan.spatial_dims))  # type: ignore[call-overload]
     describe(console, run, info, model, device)
-    training, validation = prepare(experiment, info, cases, split, console)
+    if experiment.trainer.initial is not None and not checkpoint_path(run, "latest").exists():
+        for line in load_initial(model, info, Path(experiment.trainer.initial)):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    training, validation = preparation(split)
 
     loop = Loop(experiment, run, info, model, training, validation, device)
     with Journal(run, console, loop.columns(), from_step=loop.counters.step) as journal:
         journal.settings("configuration", _without_paths(experiment))
         journal.settings("plan", info.plan.to_json())
         loop.run_to_the_end(journal)
-    return conclude(experiment, run, loop, [cases[i] for i in split.val], console)
+    return conclude(experiment, run, loop, info, cases, split, console)
 
 
 def _without_paths(experiment: Experiment) -> dict[str, object]:
     """The configuration without places on this machine: event files get around, and paths may hold patients' names."""
     values = dataclasses.asdict(experiment)
-    del values["data"]["root"], values["data"]["manifest"], values["resume"]
+    del values["data"]["root"], values["data"]["manifest"], values["data"]["split"]["file"], values["resume"]
+    del values["plan"]
+    del values["data"]["store"], values["trainer"]["initial"]
     return values
 
 
@@ -93,9 +153,10 @@ def describe(console: Console, run: Path, info: BundleInfo, model: nn.Module, de
     patch = "×".join(str(p) for p in plan.patch_size)
     spacing = "×".join(f"{s:.4g}" for s in plan.spacing_mm)
     unit = "mm" if plan.orientation else "px"
+    scheme = "/".join(dict.fromkeys(plan.normalisation))
     console.print(
         f"model      {info.model['name']}, {weights / 1e6:.2f} million weights, on {device.type}\n"
-        f"plan       patch {patch} at {spacing} {unit}, batch {plan.batch_size}, {plan.normalisation}"
+        f"plan       patch {patch} at {spacing} {unit}, batch {plan.batch_size}, {scheme}"
         f" (reasons in {run / 'plan.yaml'})",
         highlight=False,
         soft_wrap=True,
@@ -103,22 +164,70 @@ def describe(console: Console, run: Path, info: BundleInfo, model: nn.Module, de
 
 
 def conclude(
-    experiment: Experiment, run: Path, loop: Loop, validation: Sequence[Case], console: Console
+    experiment: Experiment,
+    run: Path,
+    loop: Loop,
+    info: BundleInfo,
+    cases: Mapping[str, Case],
+    split: Split,
+    console: Console,
 ) -> TrainResult:
-    """Curves, the final validation with the best weights on the scans' own grids, and where everything lies."""
+    """Curves, the final validation with the best weights on the scans' own grids, the card, where everything lies."""
     save_curves(run / "curves.png", run / HISTORY_FILE)
+    validation = [cases[i] for i in split.val]
     evaluation = None
     if experiment.trainer.final_predictions:
         predictor = Predictor(load_bundle(run, device=loop.device), loop.window)
         with counting_bar(console, "final validation") as progress:
             evaluation = final_validation(run, predictor, validation, loop.labels, experiment.data.reading, progress)
         print_evaluation(evaluation, console)
+        if experiment.trainer.postprocess == "auto":
+            by_id = {case.case_id: case for case in validation}
+            postprocess_run(run, [run / FINAL_FOLDER], by_id, loop.labels, console, reading=experiment.data.reading)
     counters = loop.counters
+    device = device_in_words(loop.device, loop.precision)
+    write_card(experiment, run, info, [("", split, counters)], evaluation, device=device)
+    page = ""
+    if experiment.trainer.report:
+        report = write_run_report(run, {"": run}, evaluation, {"device": device, "seed": experiment.seed})
+        page = f"\nreport: {report}"
     console.print(
         f"done: {counters.step} steps in {counters.minutes:.1f} min, best validation Dice {counters.best_dice:.4f}"
-        f" at step {counters.best_step}\nrun: {run}\nlook: {command('--logdir', run, program='tensorboard')}\n"
+        f" at step {counters.best_step}\nrun: {run}{page}\nlook: {command('--logdir', run, program='tensorboard')}\n"
         f"use: {command('predict', run)} SCAN -o FOLDER",
         highlight=False,
         soft_wrap=True,
     )
     return TrainResult(run, counters.best_dice, counters.step, counters.minutes, evaluation)
+
+
+def conclude_folds(experiment: Experiment, folds: Folds, console: Console) -> TrainResult:
+    """The cross-validation of all folds, their post-processing and card, and where everything lies."""
+    run, labels, members = folds.run, folds.info.labels, folds.members
+    done = [folds.finished[fold.number] for fold in members]
+    crossvalidation = None
+    if experiment.trainer.final_predictions:
+        evaluations = {fold.number: read_evaluation(fold.run / FINAL_FOLDER, labels) for fold in members}
+        crossvalidation = CrossValidation(evaluations)
+        crossvalidation.write(run / CROSSVALIDATION_FOLDER)
+        console.rule("all folds")
+        print_crossvalidation(crossvalidation, console)
+        if experiment.trainer.postprocess == "auto":
+            by_id = {i: folds.cases[i] for fold in members for i in fold.split.val}
+            predicted = [fold.run / FINAL_FOLDER for fold in members]
+            postprocess_run(run, predicted, by_id, labels, console, reading=experiment.data.reading)
+    trainings = [(f"fold {f.number}", f.split, counters) for f, counters in zip(members, done, strict=True)]
+    write_card(experiment, run, folds.info, trainings, crossvalidation, survey=members[0].run)
+    page = ""
+    if experiment.trainer.report:
+        folders = {f"fold {fold.number}": fold.run for fold in members}
+        page = f"\nreport: {write_run_report(run, folders, crossvalidation, {'seed': experiment.seed})}"
+    minutes, steps = sum(c.minutes for c in done), sum(c.step for c in done)
+    mean_dice = sum(c.best_dice for c in done) / len(done)
+    console.print(
+        f"done: {len(done)} folds, {steps} steps in {minutes:.1f} min, mean of their best validation Dice "
+        f"{mean_dice:.4f}\nrun: {run}{page}\nuse: {command('predict', run)} SCAN -o FOLDER",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return TrainResult(run, mean_dice, steps, minutes, None if crossvalidation is None else crossvalidation.pooled)

@@ -12,8 +12,8 @@ import torch
 
 from medseg.bundle import BundleInfo
 from medseg.data.cases import Case, load_image, load_label_values
-from medseg.data.preprocess import PreparedCase
-from medseg.data.sampling import cut
+from medseg.data.prepared import PreparedCase, cut
+from medseg.data.splits import patients_of
 from medseg.formats import STRICT, Reading, open_label, write_label
 from medseg.inference.folder import label_name, write_predictions_table
 from medseg.inference.predictor import Predictor
@@ -23,6 +23,7 @@ from medseg.losses.deep_supervision import centre_crop
 from medseg.metrics.case import measure_case
 from medseg.models import SegmentationModel
 from medseg.reports.evaluation import Evaluation, Row, evaluate_pair
+from medseg.reports.extremes import extremes
 from medseg.reports.overlay import save_overlay
 
 FINAL_FOLDER = "validation"
@@ -33,7 +34,7 @@ class ValidationResult:
     """Dice of the validation cases on the network's own grid.
 
     Args:
-        dice: per case, one value per foreground class; NaN where reference and prediction are both empty.
+        dice: per case, one value per foreground class or region; NaN where reference and prediction are both empty.
         loss: mean loss of one patch per case.
     """
 
@@ -81,9 +82,16 @@ def validate(
     losses: list[float] = []
     kept: dict[str, np.ndarray] = {}
     for case in cases:
-        logits = sliding_window_logits(model, case.image, patch_size, labels.num_classes, config)
-        predicted = logits.argmax(0).to(torch.uint8).cpu().numpy()
-        results = measure_case(predicted, case.label.numpy(), case.grid, num_classes=labels.num_classes, names=["dice"])
+        logits = sliding_window_logits(model, case.image, patch_size, labels.num_outputs, config)
+        predicted = labels.decode(logits).cpu().numpy()
+        results = measure_case(
+            predicted,
+            case.label.numpy(),
+            case.grid,
+            num_classes=labels.num_classes,
+            regions=labels.regions,
+            names=["dice"],
+        )
         dice[case.case_id] = tuple(r.values["dice"] for r in results)
         size = tuple(min(p, s) for p, s in zip(patch_size, logits.shape[1:], strict=True))
         start = [(s - n) // 2 for s, n in zip(logits.shape[1:], size, strict=True)]
@@ -123,7 +131,7 @@ def final_validation(
         if progress is not None:
             progress(done, len(cases))
     write_predictions_table(folder, labels)
-    evaluation = Evaluation(tuple(rows), labels, frame=frame)
+    evaluation = Evaluation(tuple(rows), labels, frame=frame, patients=patients_of(cases))
     evaluation.write(folder)
     _draw_extremes(folder, evaluation, {case.case_id: case for case in cases}, predictor.bundle.info, reading)
     return evaluation
@@ -132,15 +140,9 @@ def final_validation(
 def _draw_extremes(
     folder: Path, evaluation: Evaluation, cases: Mapping[str, Case], info: BundleInfo, reading: Reading
 ) -> None:
-    dice = {case: value for case, value in evaluation.case_means("dice").items() if not np.isnan(value)}
-    ranked = sorted(dice, key=lambda case: dice[case])
-    picks = {"worst": 0, "best": len(ranked) - 1, "median": len(ranked) // 2} if ranked else {}
-    drawn: set[int] = set()
-    for name, index in picks.items():
-        if index in drawn:  # few cases: the median is one of the others
-            continue
-        drawn.add(index)
-        case = cases[ranked[index]]
+    num_ranked = sum(not np.isnan(mean) for mean in evaluation.case_means("dice").values())
+    for name, case_id in extremes(evaluation).items():
+        case = cases[case_id]
         image = load_image(case, channels=info.channels, reading=reading)
         save_overlay(
             folder / "overlays" / f"{name}_{case.case_id}.png",
@@ -148,7 +150,7 @@ def _draw_extremes(
             labels=info.labels,
             reference=load_label_values(case, image.grid, reading),
             predicted=open_label(folder / label_name(case.case_id, image)),
-            title=f"{case.case_id} ({name} of {len(ranked)})",
+            title=f"{case.case_id} ({name} of {num_ranked})",
         )
 
 

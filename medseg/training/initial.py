@@ -1,0 +1,151 @@
+"""Fine-tuning: begin with the weights of another run, and see the data as that run did."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from medseg.bundle import MODEL_PREFIX, BundleInfo, checkpoint_path, read_checkpoint
+from medseg.data.plan import Plan, PlanConfig
+from medseg.errors import Code, MedsegError
+from medseg.training.experiment import Experiment
+
+TAKEN_OVER = (
+    "configuration",
+    "orientation",
+    "spacing_mm",
+    "crop",
+    "normalisation",
+    "mask_normalisation",
+    "patch_size",
+    "batch_size",
+)
+"""What is taken over of the other run's plan where no key states it: its weights know the world like that."""
+REASON = "of the run that training starts from (trainer.initial)"
+NUM_NAMED = 6
+"""Most tensors that a line names."""
+
+
+def begun_by(experiment: Experiment, *, spatial_dims: int, num_channels: int) -> tuple[Experiment, Plan | None]:
+    """The experiment with network and plan of the run that it starts from.
+
+    Args:
+        experiment: as the user states it.
+        spatial_dims: of the new data.
+        num_channels: the same; with others than that run's, each has the normalisation that is planned anew.
+    Returns:
+        The experiment (as it is without `trainer.initial`) and the plan of that run, if it is taken over.
+    Raises:
+        MedsegError: E_RUN if there is no such run; E_MODEL if it is for pictures and the data are volumes, or the
+            other way round.
+    """
+    if experiment.trainer.initial is None:
+        return experiment, None
+    info = BundleInfo.read(Path(experiment.trainer.initial))
+    if info.plan.spatial_dims != spatial_dims:
+        raise MedsegError(
+            Code.MODEL,
+            "the run that training starts from has another number of dimensions than the data",
+            where="trainer.initial",
+            expected=f"{spatial_dims}D",
+            got=f"{info.plan.spatial_dims}D",
+        )
+    names = [name for name in TAKEN_OVER if name != "normalisation" or info.plan.num_channels == num_channels]
+    if experiment.plan is not None:  # a plan that is named wins over one that is taken over
+        return dataclasses.replace(experiment, model=dict(info.model)), None
+    config = experiment.data.plan
+    planned = {name: getattr(info.plan, name) for name in names if getattr(config, name) is None}
+    if not info.plan.orientation:  # pictures have neither
+        planned = {name: value for name, value in planned.items() if name not in ("orientation", "configuration")}
+    data = dataclasses.replace(experiment.data, plan=dataclasses.replace(config, **planned))
+    return dataclasses.replace(experiment, data=data, model=dict(info.model)), info.plan
+
+
+def as_before(plan: Plan, before: Plan | None, config: PlanConfig) -> Plan:
+    """The plan with the intensities of the run that it starts from, and with that as the reason of what it took over.
+
+    Args:
+        plan: made by the keys of `begun_by`.
+        before: the other run's; None changes nothing.
+        config: the keys that the user stated.
+    """
+    if before is None:
+        return plan
+    names = {name for name in TAKEN_OVER if getattr(config, name) is None} | {"widths", "kernels", "strides"}
+    if plan.normalisation == before.normalisation:
+        plan = dataclasses.replace(plan, intensity=before.intensity)
+        names.add("intensity")
+    same = {name for name in names if getattr(plan, name) == getattr(before, name)}
+    return dataclasses.replace(plan, reasons={**plan.reasons, **dict.fromkeys(same, REASON)})
+
+
+@torch.no_grad()
+def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]:
+    """Put the best weights of another run into a network.
+
+    Heads for another number of classes keep their fresh weights. Filters over another number of channels all become
+    the mean of the old channels' filters, scaled so that equal channels give the same answer.
+
+    Args:
+        model: fresh.
+        info: what it is.
+        initial: the other run, trained or converted.
+    Returns:
+        Lines that say what was taken.
+    Raises:
+        MedsegError: E_RUN or E_CHECKPOINT from reading; E_MODEL if the networks differ in anything else.
+    """
+    before = BundleInfo.read(initial)
+    path = checkpoint_path(initial, "best")
+    tensors, _ = read_checkpoint(path)
+    old = {k.removeprefix(MODEL_PREFIX): v for k, v in tensors.items() if k.startswith(MODEL_PREFIX)}
+    own = model.state_dict()
+    classes = (before.labels.num_outputs, info.labels.num_outputs)
+    channels = (before.plan.num_channels, info.plan.num_channels)
+    fresh: list[str] = []
+    adapted: list[str] = []
+    wrong = [name for name in old if name not in own]
+    for name, tensor in own.items():
+        if name not in old:
+            wrong.append(name)
+        elif old[name].shape == tensor.shape:
+            tensor.copy_(old[name])
+        elif _differ_along(old[name], tensor, 0, classes):
+            fresh.append(name)
+        elif _differ_along(old[name], tensor, 1, channels):
+            mean = old[name].mean(dim=1, keepdim=True) * (channels[0] / channels[1])
+            tensor.copy_(mean.expand_as(tensor))
+            adapted.append(name)
+        else:
+            wrong.append(name)
+    if wrong:
+        raise MedsegError(
+            Code.MODEL,
+            "the weights to start from do not fit the network",
+            where=path,
+            expected="the same network; only its classes and channels may differ",
+            got=f"missing, unknown or of another shape: {_some(wrong)}",
+            remedy="leave model and data.plan as that run had them: trainer.initial takes them over",
+        )
+    lines = [f"initial    {len(own) - len(fresh) - len(adapted)} of {len(own)} tensors taken from {initial}"]
+    if fresh:
+        lines.append(f"           fresh, for {classes[1]} instead of {classes[0]} classes: {_some(fresh)}")
+    if adapted:
+        lines.append(f"           spread over {channels[1]} instead of {channels[0]} channel(s): {_some(adapted)}")
+    return lines
+
+
+def _differ_along(old: torch.Tensor, new: torch.Tensor, axis: int, lengths: tuple[int, int]) -> bool:
+    """Whether the shapes differ along one axis only, by the lengths given."""
+    if old.ndim != new.ndim or old.ndim <= axis or (old.shape[axis], new.shape[axis]) != lengths:
+        return False
+    return old.shape[:axis] == new.shape[:axis] and old.shape[axis + 1 :] == new.shape[axis + 1 :]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NUM_NAMED
+    return ", ".join(names[:NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
