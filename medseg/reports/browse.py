@@ -24,7 +24,7 @@ from medseg.errors import Code, MedsegError, nearest
 from medseg.formats import Reading, is_image_file, open_label, strip_suffix
 from medseg.labels import Labels
 from medseg.metrics.masks import State
-from medseg.metrics.metric import metrics
+from medseg.metrics.metric import known_metrics
 from medseg.reports.curves import DICE_MEAN, read_history
 from medseg.reports.evaluation import Evaluation, Row
 from medseg.reports.palette import class_colours
@@ -238,7 +238,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         frame = PIXEL_FRAME if "tolerance_px" in content else WORLD_FRAME
-        columns = {m.name: m.column(frame) for m in metrics()}
+        columns = {m.name: m.column(frame) for m in known_metrics()}
         rows = tuple(
             Row(
                 case["case"],

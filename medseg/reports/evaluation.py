@@ -12,9 +12,9 @@ import inspect
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from medseg.labels import Labels
 from medseg.metrics.case import DEFAULT_TOLERANCE_MM, measure_case
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric, metrics
+from medseg.reports.confidence import Intervals, intervals, volume_agreements
 from medseg.reports.pairs import MissingPolicy, Pair, labels_of, match_pairs
+from medseg.statistics import LEVEL
 from medseg.volume import PIXEL_FRAME, WORLD_FRAME, Grid, Volume
 
 FOREGROUND = "(foreground)"
@@ -39,9 +41,9 @@ DEFAULT_NUM_THREADS = 4
 """Cases in work at a time; each holds two label maps in memory."""
 EMPTY_MASKS = (
     "absent (no voxel in reference and prediction): undefined, left out of means. "
-    "missed (reference only): Dice, IoU, sensitivity, precision and surface Dice 0, HD95 and ASD the diagonal of the "
-    "volume. spurious (prediction only): Dice, IoU, precision and surface Dice 0, HD95 and ASD the diagonal, "
-    "sensitivity and relative volume error undefined. Specificity and volumes do not rank predictions."
+    "missed (reference only): metrics of which more is better 0, distances the diagonal of the volume. spurious "
+    "(prediction only): the same, and what only the reference can define (sensitivity, relative volume error) is "
+    "undefined. Specificity, volumes and counts do not rank predictions."
 )
 
 Progress = Callable[[int, int], None]
@@ -110,16 +112,18 @@ class Evaluation:
     """The metrics of a set of cases.
 
     Args:
-        rows: one per case and foreground class.
+        rows: one per case and foreground class or region.
         labels: the classes.
         tolerance_mm: what the surface Dice forgave (pixels for pictures).
         frame: of the cases' grids: `WORLD_FRAME` (mm, ml), `PLANE_FRAME` (mm) or `PIXEL_FRAME` (pixels).
+        patients: case id → patient, where it is known: intervals of means draw patients.
     """
 
     rows: tuple[Row, ...]
     labels: Labels
     tolerance_mm: float = DEFAULT_TOLERANCE_MM
     frame: str = WORLD_FRAME
+    patients: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -139,6 +143,11 @@ class Evaluation:
         ]
         foreground = {m.name: Statistic.of(list(self.case_means(m.name).values())) for m in self.metrics if m.better}
         return (*entries, Summary(FOREGROUND, _counts(self.rows), foreground))
+
+    @cached_property
+    def intervals(self) -> Intervals:
+        """(entry of the summary, metric) → bootstrap interval of its mean."""
+        return intervals(self)
 
     def case_means(self, metric: str) -> dict[str, float]:
         """Case id → mean of the metric over the foreground classes where it is defined, NaN if there are none."""
@@ -175,11 +184,13 @@ class Evaluation:
             table.append([row.case, row.class_name, row.state.value, *(_cell(row.values[name]) for name in columns)])
         _write_csv(folder / "metrics.csv", table)
 
-        table = [["class", "metric", "mean", "median", "std", "n", *_COUNTED]]
+        table = [["class", "metric", "mean", "median", "std", "n", "low", "high", *_COUNTED]]
         for entry in self.summary:
             counts = [str(entry.counts[state]) for state in State]
             for name, s in entry.statistics.items():
+                interval = self.intervals[entry.class_name, name]
                 numbers = [_cell(s.mean), _cell(s.median), _cell(s.std), str(s.n)]
+                numbers += [_cell(interval.low), _cell(interval.high)]
                 table.append([entry.class_name, columns[name], *numbers, *counts])
         _write_csv(folder / "summary.csv", table)
 
@@ -196,6 +207,12 @@ class Evaluation:
             "definitions": {columns[m.name]: inspect.getdoc(m.function) or "" for m in self.metrics},
             "better": {columns[m.name]: m.better for m in self.metrics},
             "empty_masks": EMPTY_MASKS,
+            "low, high": f"{LEVEL:.0%} intervals of means, BCa bootstrap over patients where known, else over cases",
+            "warning": next((i.warning for i in self.intervals.values() if i.warning), None),
+            "volume_agreement": {
+                name: {key: _plain(value) for key, value in asdict(agreement).items()}
+                for name, agreement in volume_agreements(self).items()
+            },
             "foreground_mean": "over the classes of a case where the metric is defined, then over the cases",
             "versions": {
                 "medseg": medseg.__version__,
@@ -212,6 +229,8 @@ class Evaluation:
                             "median": _plain(s.median),
                             "std": _plain(s.std),
                             "n": s.n,
+                            "low": _plain(self.intervals[entry.class_name, name].low),
+                            "high": _plain(self.intervals[entry.class_name, name].high),
                         }
                         for name, s in entry.statistics.items()
                     },
@@ -243,6 +262,7 @@ def evaluate_pair(
     labels: Labels,
     *,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    names: Sequence[str] | None = None,
     case: str = "",
 ) -> list[Row]:
     """Measure one prediction.
@@ -252,9 +272,11 @@ def evaluate_pair(
         reference: label map with the values of files.
         labels: what the values mean.
         tolerance_mm: what the surface Dice forgives (pixels for pictures).
+        names: metrics to compute; None for those that are computed by default.
         case: id for the rows and for messages.
     Returns:
-        One row per foreground class.
+        One row per foreground class, or per region where there are regions. Voxels whose reference is ignored are left
+        out.
     Raises:
         MedsegError: E_GRID if the two do not lie on one grid, E_LABEL for values that `labels` does not know.
     """
@@ -264,9 +286,11 @@ def evaluate_pair(
         labels.to_index(reference.array, where=f"{case} (reference)"),
         reference.grid,
         num_classes=labels.num_classes,
+        regions=labels.regions,
         tolerance_mm=tolerance_mm,
+        names=names,
     )
-    return [Row(case, labels.names[r.index], r.state, r.values) for r in results]
+    return [Row(case, labels.declared[r.index], r.state, r.values) for r in results]
 
 
 def evaluate_folders(
@@ -275,6 +299,7 @@ def evaluate_folders(
     *,
     labels: Labels | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    names: Sequence[str] | None = None,
     missing: MissingPolicy = "error",
     num_threads: int = DEFAULT_NUM_THREADS,
     progress: Progress | None = None,
@@ -287,6 +312,7 @@ def evaluate_folders(
         labels: the classes; by default those of `predictions.json` beside the predictions, else one class per value
             of the references.
         tolerance_mm: what the surface Dice forgives (pixels for pictures).
+        names: metrics to compute; None for those that are computed by default.
         missing: "error", or "count" to score a reference without a prediction as an empty prediction.
         num_threads: cases in work at a time.
         progress: called with (cases done, cases in all) after each case.
@@ -305,7 +331,8 @@ def evaluate_folders(
             prediction = Volume(table.to_values(np.zeros(truth.grid.shape, dtype=np.uint8)), truth.grid)
         else:
             prediction = open_label(pair.predicted)
-        return evaluate_pair(prediction, truth, table, tolerance_mm=tolerance_mm, case=pair.case), truth.grid.frame
+        rows = evaluate_pair(prediction, truth, table, tolerance_mm=tolerance_mm, names=names, case=pair.case)
+        return rows, truth.grid.frame
 
     results: dict[str, tuple[list[Row], str]] = {}
     with ThreadPoolExecutor(max_workers=num_threads) as pool:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
-from medseg.labels import Labels
+from medseg.labels import IGNORE_INDEX, Labels
 from medseg.metrics.case import measure_case
 from medseg.reports.layout import Layout, arrange
 from medseg.reports.palette import class_colours
@@ -39,6 +39,9 @@ MAX_LEGEND = 12
 """Classes in the legend; with more, those with the most voxels."""
 FALSE_POSITIVE, FALSE_NEGATIVE, OTHER_CLASS = "#FF4136", "#2E8BFF", "#FFFFFF"
 """None of them is the colour of one of the first classes, which stand beside the error map."""
+IGNORED = "#8A8F99"
+"""A veil over voxels whose reference nobody knows."""
+IGNORED_ALPHA = 0.55
 _ERROR_NAMES = ((FALSE_POSITIVE, "too much"), (FALSE_NEGATIVE, "missed"), (OTHER_CLASS, "other class"))
 
 IndexMap = NDArray[np.uint8]
@@ -46,7 +49,8 @@ IndexMap = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class _Masks:
-    """Class indices on the image's grid, None where there is no such mask."""
+    """Class indices on the image's grid, None where there is no such mask. The reference holds `IGNORE_INDEX` where
+    voxels do not count; the prediction never."""
 
     reference: IndexMap | None
     predicted: IndexMap | None
@@ -54,9 +58,11 @@ class _Masks:
     @property
     def leading(self) -> IndexMap | None:
         """What decides which slices are shown."""
-        if self.reference is not None and self.reference.any():
-            return self.reference
-        return self.predicted if self.predicted is not None else self.reference
+        if self.reference is not None:
+            known = np.where(self.reference == IGNORE_INDEX, np.uint8(0), self.reference)
+            if known.any() or self.predicted is None:
+                return known
+        return self.predicted
 
 
 def save_overlay(
@@ -97,8 +103,10 @@ def overlay_figure(
     Raises:
         MedsegError: E_GRID if a mask does not lie on the image's grid, E_LABEL for unknown values.
     """
-    masks = _Masks(_indices(reference, image.grid, labels), _indices(predicted, image.grid, labels))
-    return _figure(_panels(image, masks), len(labels.foreground), title, _legend(labels.names, masks, image.grid))
+    masks = _masks(reference, predicted, image.grid, labels)
+    entries = _legend(labels.names, masks, None if labels.regions else image.grid)
+    entries += _region_entries(labels, masks, image.grid)
+    return _figure(_panels(image, masks), labels.num_classes - 1, title, entries)
 
 
 def scan_figure(image: Volume, *, names: Sequence[str] = (), drawn: IndexMap | None = None, title: str = "") -> Figure:
@@ -138,10 +146,10 @@ def slices_figure(
     Raises:
         MedsegError: E_GRID, E_LABEL as `overlay_figure`.
     """
-    masks = _Masks(_indices(reference, image.grid, labels), _indices(predicted, image.grid, labels))
+    masks = _masks(reference, predicted, image.grid, labels)
     views = slice_views(image, masks.reference, masks.predicted, masks.leading, indices)
     # Dice beside these slices would be read as theirs, and it is the whole case's: names only.
-    return _figure(_comparison(views), len(labels.foreground), title, _legend(labels.names, masks))
+    return _figure(_comparison(views), labels.num_classes - 1, title, _legend(labels.names, masks))
 
 
 def _figure(panels: list[list[_Panel]], num_colours: int, title: str, entries: list[tuple[str, str]]) -> Figure:
@@ -204,6 +212,13 @@ def _comparison(views: list[View]) -> list[list[_Panel]]:
     ]
 
 
+def _masks(reference: Volume | None, predicted: Volume | None, grid: Grid, labels: Labels) -> _Masks:
+    guess = _indices(predicted, grid, labels)
+    if guess is not None:
+        guess[guess == IGNORE_INDEX] = 0
+    return _Masks(_indices(reference, grid, labels), guess)
+
+
 def _indices(mask: Volume | None, grid: Grid, labels: Labels) -> IndexMap | None:
     """Class indices of a mask on `grid`."""
     if mask is None:
@@ -227,7 +242,8 @@ def _draw(ax: Axes, panel: _Panel, colours: list[str]) -> None:
         table = np.array([(0, 0, 0, 0), *(to_rgba(c, FILL_ALPHA) for c in colours)])
         ax.imshow(table[view.predicted], aspect="auto", interpolation="nearest")
     if panel.line and view.reference is not None:
-        for index in np.unique(view.reference[view.reference > 0]):
+        _veil(ax, view.reference == IGNORE_INDEX)
+        for index in np.unique(view.reference[(view.reference > 0) & (view.reference != IGNORE_INDEX)]):
             # One voxel of background around it closes the line of a structure that touches the border.
             mask = np.pad(view.reference == index, 1).astype(np.float32)
             x, y = np.arange(-1, columns + 1), np.arange(-1, rows + 1)
@@ -236,6 +252,13 @@ def _draw(ax: Axes, panel: _Panel, colours: list[str]) -> None:
     ax.set_xlim(-0.5, columns - 0.5)
     ax.set_ylim(rows - 0.5, -0.5)
     _annotate(ax, panel)
+
+
+def _veil(ax: Axes, ignored: NDArray[np.bool_]) -> None:
+    """Dim what does not count."""
+    if ignored.any():
+        table = np.array([(0, 0, 0, 0), to_rgba(IGNORED, IGNORED_ALPHA)])
+        ax.imshow(table[ignored.astype(np.uint8)], aspect="auto", interpolation="nearest")
 
 
 def _annotate(ax: Axes, panel: _Panel) -> None:
@@ -268,6 +291,7 @@ def _error_map(reference: IndexMap, predicted: IndexMap) -> NDArray[np.float64]:
     errors[(predicted > 0) & (reference == 0)] = to_rgba(FALSE_POSITIVE)
     errors[(predicted == 0) & (reference > 0)] = to_rgba(FALSE_NEGATIVE)
     errors[(predicted > 0) & (reference > 0) & (predicted != reference)] = to_rgba(OTHER_CLASS)
+    errors[reference == IGNORE_INDEX] = to_rgba(IGNORED, IGNORED_ALPHA)
     return errors
 
 
@@ -286,7 +310,8 @@ def _legend(names: Sequence[str], masks: _Masks, grid: Grid | None = None) -> li
     present = [mask for mask in (masks.reference, masks.predicted) if mask is not None]
     if not present:
         return []
-    counts = np.sum([np.bincount(mask.ravel(), minlength=len(names)) for mask in present], axis=0)
+    counts = np.sum([np.bincount(mask.ravel(), minlength=IGNORE_INDEX + 1) for mask in present], axis=0)
+    num_ignored, counts = counts[IGNORE_INDEX], counts[: len(names)]
     chosen = sorted(np.argsort(-counts[1:], kind="stable")[:MAX_LEGEND] + 1)
     texts = {index: names[index] for index in chosen if counts[index]}
     if masks.reference is not None and masks.predicted is not None and grid is not None:
@@ -295,7 +320,21 @@ def _legend(names: Sequence[str], masks: _Masks, grid: Grid | None = None) -> li
     colours = class_colours(len(names) - 1)
     entries = [(colours[index - 1], text) for index, text in texts.items()]
     left_out = int((counts[1:] > 0).sum()) - len(entries)
-    return [*entries, (BACKGROUND, f"and {left_out} more")] if left_out > 0 else entries
+    if left_out > 0:
+        entries.append((BACKGROUND, f"and {left_out} more"))
+    return [*entries, (IGNORED, "ignored")] if num_ignored else entries
+
+
+def _region_entries(labels: Labels, masks: _Masks, grid: Grid) -> list[tuple[str, str]]:
+    """The Dice of regions, which have no colour of their own: what is drawn are the classes beneath them."""
+    if not labels.regions or masks.reference is None or masks.predicted is None:
+        return []
+    results = measure_case(
+        masks.predicted, masks.reference, grid,
+        num_classes=labels.num_classes, regions=labels.regions, names=("dice",),
+    )  # fmt: skip
+    scores = [(name, r.values["dice"]) for name, r in zip(labels.region_names, results, strict=True)]
+    return [(BACKGROUND, f"{name}   Dice {dice:.3f}") for name, dice in scores if not np.isnan(dice)][:MAX_LEGEND]
 
 
 def _write_margins(figure: Figure, layout: Layout, title: str, entries: list[tuple[str, str]]) -> None:

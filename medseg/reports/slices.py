@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from medseg.labels import Labels
+from medseg.labels import IGNORE_INDEX, Labels
 from medseg.reports.overlay import FALSE_NEGATIVE, FALSE_POSITIVE, OTHER_CLASS
 from medseg.reports.planes import slice_axis
 from medseg.volume import MODEL_ORIENTATION, Volume
@@ -28,7 +28,8 @@ class SliceErrors:
     """Wrong voxels of each slice, in the plane in which the case was scanned (`planes.slice_axis`).
 
     Args:
-        num_extra: voxels of a class where the reference has background, shape (num_slices,).
+        num_extra: voxels of a class where the reference has background, shape (num_slices,). Voxels that the
+            reference ignores are in none of these.
         num_missed: voxels of background where the reference has a class.
         num_other: voxels of another class than the reference's.
         dice: overlap of all classes together; NaN where both are empty.
@@ -64,6 +65,8 @@ class SliceErrors:
             return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
 
         truth, guess = as_slices(reference), as_slices(predicted)
+        ignored = truth == IGNORE_INDEX
+        truth[ignored] = guess[ignored] = 0
         both = (truth > 0) & (guess > 0)
         agreeing = (both & (truth == guess)).sum(axis=1)
         foreground = (truth > 0).sum(axis=1) + (guess > 0).sum(axis=1)

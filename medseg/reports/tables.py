@@ -15,10 +15,11 @@ from medseg.reports.evaluation import FOREGROUND, Evaluation, Summary
 from medseg.volume import PIXEL_FRAME
 
 COLUMNS = ("dice", "iou", "sensitivity", "precision", "hd95", "asd", "surface_dice", "relative_volume_error")
-"""The metrics on the terminal; the files hold all."""
+"""The metrics on the terminal, with those that were asked for by name; the files hold all."""
 RANKED_BY = "dice"
 WIDE = 100
-"""Columns of a terminal that holds all metrics."""
+"""Columns of a terminal that holds all metrics; each that was asked for by name takes `BY_NAME` more."""
+BY_NAME = 8
 NARROW_LEAVES_OUT = ("iou", "precision", "asd")
 """What a narrower terminal does not show; metrics.csv has everything."""
 NUM_WORST = 3
@@ -31,7 +32,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     cases = len(evaluation.cases)
     console.print(f"\n[bold]{cases} {'case' if cases == 1 else 'cases'}[/bold]  mean over cases, ± standard deviation")
     console.print(_class_table(evaluation, console.width))
-    distances = "HD95, ASD" if console.width >= WIDE else "HD95"
+    distances = "HD95" if "asd" in _left_out(evaluation, console.width) else "HD95, ASD"
     console.print(
         f"[dim]{distances} in {unit}; NSD: surface Dice at {evaluation.tolerance_mm:g} {unit}; "
         "ΔV/V: signed volume error.\n"
@@ -43,8 +44,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def _class_table(evaluation: Evaluation, width: int) -> Table:
-    left_out = () if width >= WIDE else NARROW_LEAVES_OUT
-    shown = [m for m in evaluation.metrics if m.name in COLUMNS and m.name not in left_out]
+    left_out = _left_out(evaluation, width)
+    shown = [m for m in evaluation.metrics if (m.name in COLUMNS or not m.default) and m.name not in left_out]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("class", overflow="fold", min_width=8)
     for metric in shown:
@@ -58,6 +59,12 @@ def _class_table(evaluation: Evaluation, width: int) -> Table:
             table.add_section()
         table.add_row(*_class_row(entry, shown))
     return table
+
+
+def _left_out(evaluation: Evaluation, width: int) -> tuple[str, ...]:
+    """What a terminal of this width does not show."""
+    by_name = sum(not metric.default for metric in evaluation.metrics)
+    return () if width >= WIDE + BY_NAME * by_name else NARROW_LEAVES_OUT
 
 
 def _class_row(entry: Summary, shown: list[Metric]) -> list[str]:
