@@ -19,6 +19,7 @@ from medseg.formats import STRICT, open_label, read_grid, write_image
 from medseg.formats.dicom.annotations import masks, read_annotation
 from medseg.formats.dicom.export import Form, forms_of
 from medseg.inference.export import Export
+from medseg.inference.manifest import MANIFEST_FILE
 from medseg.labels import TABLE_FILE
 from medseg.phantom import write_dicom_series
 from medseg.volume import Grid, Volume
@@ -58,7 +59,7 @@ def test_three_files_of_one_prediction_agree(tiny_run, tmp_path: Path, capsys) -
     predict(tiny_run.run, tiny_run.dicom, "-o", out, "--format", "rtstruct, NIfTI,dicom-seg,nifti")
     shown = capsys.readouterr().out
     names = [f"{case}.nii.gz", f"{case}.seg.dcm", f"{case}.rtstruct.dcm"]
-    assert files_in(out) == {*names, TABLE_FILE}
+    assert files_in(out) == {*names, TABLE_FILE, MANIFEST_FILE}
     assert shown.count("carry the name and the identifiers") == 1 and all(name in shown for name in names)
     table = json.loads((out / TABLE_FILE).read_text())
     assert table["cases"] == {case: {"files": names, "notes": []}}
@@ -113,8 +114,8 @@ def test_what_cannot_be_drawn_on_is_refused_before_any_work(tiny_run, tmp_path: 
     info = BundleInfo.read(tiny_run.run)
     pictures = replace(info, plan=replace(info.plan, orientation=""))
     with pytest.raises(MedsegError, match="E_OUTPUT"):
-        Export(pictures, (Form.NIFTI, Form.RTSTRUCT), STRICT).check([])
-    Export(pictures, (Form.NIFTI, Form.DICOM_SEG), STRICT).check([])
+        Export(pictures, (Form.NIFTI, Form.RTSTRUCT), STRICT, "unet").check([])
+    Export(pictures, (Form.NIFTI, Form.DICOM_SEG), STRICT, "unet").check([])
 
 
 def test_every_file_of_a_case_is_kept_unless_told(tiny_run, tmp_path: Path, capsys) -> None:
@@ -203,7 +204,7 @@ def test_slices_without_preamble_are_one_series(tiny_run, tmp_path: Path, capsys
     assert "E_OUTPUT" in refused(capsys, tiny_run.run, old, "-o", out, "--format", ALL)
     predict(tiny_run.run, old, "-o", out, "--format", ALL, "--without-preamble")
     names = {"old.nii.gz", "old.seg.dcm", "old.rtstruct.dcm"}
-    assert files_in(out) == {*names, TABLE_FILE}
+    assert files_in(out) == {*names, TABLE_FILE, MANIFEST_FILE}
     label = open_label(out / "old.nii.gz")
     grid = read_grid(tiny_run.dicom)
     for name in ("old.seg.dcm", "old.rtstruct.dcm"):

@@ -7,6 +7,7 @@ Messages and logs name files without their folders: paths may hold patient names
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -65,11 +66,11 @@ def open_volume(source: Source, reading: Reading = STRICT) -> Volume:
     Raises:
         MedsegError: E_MISSING, E_UNSUPPORTED, E_NOT_DICOM, and what the readers refuse.
     """
-    if not isinstance(source, Path) or _kind(source, reading) is Kind.DICOM:
+    if not isinstance(source, Path) or (kind := _kind(source, reading)) is Kind.DICOM:
         from medseg.formats.dicom import series
 
         return series.read_series(source, reading)
-    if _kind(source, reading) is Kind.NIFTI:
+    if kind is Kind.NIFTI:
         from medseg.formats import nifti
 
         return nifti.read_image(source, channels=reading.channels)
@@ -89,7 +90,7 @@ def open_label(source: Source, reading: Reading = STRICT) -> Volume:
     Raises:
         MedsegError: as `open_volume`; E_LABEL for coloured pictures; E_4D.
     """
-    if not isinstance(source, Path) or _kind(source, reading) is Kind.DICOM:
+    if not isinstance(source, Path) or (kind := _kind(source, reading)) is Kind.DICOM:
         from medseg.formats.dicom import series
 
         volume = series.read_series(source, reading)
@@ -101,7 +102,7 @@ def open_label(source: Source, reading: Reading = STRICT) -> Volume:
                 got=f"{len(volume.array)} channels",
             )
         return replace(volume, array=volume.array[0])
-    if _kind(source, reading) is Kind.NIFTI:
+    if kind is Kind.NIFTI:
         from medseg.formats import nifti
 
         return nifti.read_label(source)
@@ -116,11 +117,11 @@ def read_grid(source: Source, reading: Reading = STRICT) -> Grid:
     Raises:
         MedsegError: as `open_volume`, for what the headers tell.
     """
-    if not isinstance(source, Path) or _kind(source, reading) is Kind.DICOM:
+    if not isinstance(source, Path) or (kind := _kind(source, reading)) is Kind.DICOM:
         from medseg.formats.dicom import series
 
         return series.read_grid(source, reading)
-    if _kind(source, reading) is Kind.NIFTI:
+    if kind is Kind.NIFTI:
         from medseg.formats import nifti
 
         return nifti.read_grid(source)
@@ -129,12 +130,13 @@ def read_grid(source: Source, reading: Reading = STRICT) -> Grid:
     return picture.read_grid(source)
 
 
-def write_label(path: Path, label: Volume) -> None:
+def write_label(path: Path, label: Volume, names: Mapping[int, str] | None = None) -> None:
     """Write a label map in the smallest integer type, whole or not at all.
 
     Args:
         path: ends in .nii, .nii.gz, .png, .tif or .tiff.
         label: (i, j, k) for NIfTI, (row, column) for pictures; whole numbers.
+        names: value → name of the class, for the header of NIfTI files.
     Raises:
         MedsegError: E_OUTPUT, E_LABEL if the values are not whole numbers, E_GRID if it has channels,
             E_NO_GEOMETRY for a picture that would be written as a volume.
@@ -149,7 +151,7 @@ def write_label(path: Path, label: Volume) -> None:
     if _written_kind(path, label) is Kind.NIFTI:
         from medseg.formats import nifti
 
-        nifti.write(path, values.astype(dtype), label.grid)
+        nifti.write(path, values.astype(dtype), label.grid, names=names)
         return
     from medseg.formats import picture
 

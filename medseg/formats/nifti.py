@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,7 @@ from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.formats.content import is_gzip, open_stream
 from medseg.formats.limits import check_size
+from medseg.formats.nifti_names import CODES, names_extension
 from medseg.volume import Grid, Volume
 
 HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -160,13 +161,28 @@ def read_label(path: Path) -> Volume:
     return Volume(flat.reshape(header.grid.shape, order="F"), header.grid)
 
 
-def write(path: Path, array: NDArray[Any], grid: Grid) -> None:
-    """Write (i, j, k) or (i, j, k, C), whole or not at all; the grid in mm in sform and qform (code 1: scanner).
+def write(path: Path, array: NDArray[Any], grid: Grid, *, names: Mapping[int, str] | None = None) -> None:
+    """Write (i, j, k) or (i, j, k, C), whole or not at all.
 
-    The qform stays uncoded where a float32 quaternion cannot hold the affine (see `FORM_TOLERANCE_VOXELS`).
-
+    Args:
+        path: ends in .nii or .nii.gz.
+        array: the voxels, in the type of the file.
+        grid: where they lie.
+        names: of a label map, value → name of the class, without the background; they go into extensions of the header.
     Raises:
         MedsegError: E_OUTPUT.
+    """
+    image = placed(array, grid)
+    if names:
+        image.header.extensions.extend(nib.nifti1.Nifti1Extension(code, names_extension(names)) for code in CODES)
+    with whole_file(path, ".nii.gz" if path.name.lower().endswith(".gz") else ".nii") as temporary:
+        nib.save(image, temporary)
+
+
+def placed(array: NDArray[Any], grid: Grid) -> Any:
+    """nibabel's image of an array; the grid in mm in sform and qform (code 1: scanner).
+
+    The qform stays uncoded where a float32 quaternion cannot hold the affine (see `FORM_TOLERANCE_VOXELS`).
     """
     image = nib.Nifti1Image(array, grid.affine, dtype=array.dtype)
     header = image.header
@@ -176,8 +192,7 @@ def write(path: Path, array: NDArray[Any], grid: Grid) -> None:
     image.set_qform(grid.affine, code=1)
     if _disagreement_mm(header, grid.shape) > FORM_TOLERANCE_VOXELS * min(grid.spacing_mm):
         image.set_qform(None)
-    with whole_file(path, ".nii.gz" if path.name.lower().endswith(".gz") else ".nii") as temporary:
-        nib.save(image, temporary)
+    return image
 
 
 def _pair(path: Path) -> tuple[Path, Path]:

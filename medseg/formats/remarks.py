@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,14 +12,16 @@ class _Collector(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
+        self.thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+        if record.thread == self.thread:  # another case may be read or written meanwhile
+            self.messages.append(record.getMessage())
 
 
 @contextmanager
 def gathered_warnings() -> Iterator[list[str]]:
-    """Collects the warnings of medseg's loggers while the block runs, instead of printing them as they come."""
+    """Collects the warnings of medseg's loggers in this thread while the block runs, instead of printing them."""
     collector = _Collector()
     logger = logging.getLogger("medseg")
     logger.addHandler(collector)

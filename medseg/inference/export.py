@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from medseg import __version__
 from medseg.bundle import BundleInfo
@@ -16,9 +20,15 @@ from medseg.formats import Reading, Source, read_grid, write_label
 from medseg.formats.content import Kind, kind_of
 from medseg.formats.dicom.export import ENDINGS, Form, write_annotation
 from medseg.formats.dicom.structures import Algorithm
+from medseg.inference.manifest import digest_of_file
+from medseg.labels import Labels
 from medseg.volume import Volume
 
 FRAME_OF_REFERENCE_TAG = 0x0020_0052
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}")
+"""Names of the folders in which a case's files are written."""
+LEFT_AFTER_S = 3600.0
+"""Seconds after which nobody works in such a folder any more."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +36,23 @@ class Export:
     """How label maps become files.
 
     Args:
-        info: the model: its classes are the structures, its name the algorithm.
+        info: the model: its classes are the structures.
         forms: which files each case gets.
         reading: as the scans are read.
+        model_names: of the networks, for files that name the algorithm.
+        subset: the classes that are written; all if None.
     """
 
     info: BundleInfo
     forms: tuple[Form, ...]
     reading: Reading
+    model_names: str
+    subset: Labels | None = None
+
+    @property
+    def labels(self) -> Labels:
+        """The classes that are written."""
+        return self.subset or self.info.labels
 
     def check(self, cases: Iterable[Case]) -> None:
         """Refuse cases of which a file could not be written, before any work.
@@ -74,34 +93,47 @@ class Export:
         """Names of all files of a case."""
         return [self.name(case_id, form) for form in self.forms]
 
-    def write(self, case: Case, indices: Volume, label: Volume, folder: Path) -> list[Path]:
+    def write(
+        self,
+        case: Case,
+        indices: Volume,
+        label: Volume,
+        folder: Path,
+        *,
+        others: Mapping[str, Callable[[Path], None]] = MappingProxyType({}),
+        when_whole: Callable[[dict[str, str]], None] = lambda digests: None,
+    ) -> list[Path]:
         """Write all files of a case: all of them, or none.
 
         Args:
             case: where the scan came from.
-            indices: class indices on the scan's grid, for DICOM.
+            indices: indices of `labels` on the scan's grid, for DICOM.
             label: the same in the values of the training labels, for NIfTI.
             folder: of the outputs; exists.
+            others: further files: name, relative to the folder → what writes it.
+            when_whole: called with the SHA-256 of each file when all are written and on the disk, but not yet under
+                their names.
         Returns:
-            The files, in the order of `forms`.
+            The label files, in the order of `forms`.
         Raises:
             MedsegError: E_OUTPUT, and what the writers refuse.
         """
-        from medseg.formats.dicom.series import series_files
-
         unfinished = folder / f".{uuid.uuid4().hex}"
-        names = self.names(case.case_id)
+        labels = self.names(case.case_id)
+        names = [*labels, *others]
         try:
-            unfinished.mkdir()
-            for form, name in zip(self.forms, names, strict=True):
-                if form is Form.NIFTI:
-                    write_label(unfinished / name, label)
-                else:
-                    source = series_files(case.images[0], self.reading)
-                    write_annotation(
-                        unfinished / name, form, indices, self.info.labels.foreground, source, self.algorithm
-                    )
-            return [(unfinished / name).replace(folder / name) for name in names]
+            for name in names:
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).parent.mkdir(exist_ok=True)
+            for form, name in zip(self.forms, labels, strict=True):
+                self._write_label(unfinished / name, form, case, indices, label)
+            for name, write in others.items():
+                write(unfinished / name)
+            for name in names:
+                _to_disk(unfinished / name)
+            when_whole({name: digest_of_file(unfinished / name) for name in names})
+            for name in names:
+                (unfinished / name).replace(folder / name)
         except OSError as error:
             raise MedsegError(
                 Code.OUTPUT,
@@ -112,11 +144,22 @@ class Export:
             ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+        return [folder / name for name in labels]
+
+    def _write_label(self, path: Path, form: Form, case: Case, indices: Volume, label: Volume) -> None:
+        from medseg.formats.dicom.series import series_files
+
+        labels = self.labels
+        if form is Form.NIFTI:
+            write_label(path, label, dict(zip(labels.written_values()[1:], labels.names[1:], strict=True)))
+        else:
+            source = series_files(case.images[0], self.reading)
+            write_annotation(path, form, indices, labels.names[1:], source, self.algorithm)
 
     @property
     def algorithm(self) -> Algorithm:
         """The model, as written files name it."""
-        return Algorithm(f"medseg {self.info.model.get('name', 'model')}", __version__)
+        return Algorithm(f"medseg {self.model_names}", __version__)
 
     def _refuse_resampled(self, case: Case) -> None:
         """Contours lie on the planes of the scan's files: a scan that must be resampled has no such planes."""
@@ -152,6 +195,23 @@ class Export:
                 expected="FrameOfReferenceUID",
                 remedy="leave --format out for NIfTI",
             )
+
+
+def tidy(folder: Path) -> None:
+    """Delete what processes that were killed have left behind; what is younger may be another one's work."""
+    for path in folder.glob(".*"):
+        try:
+            left = UNFINISHED.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFT_AFTER_S
+        except OSError:  # its owner was faster
+            continue
+        if left and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file is on the disk: a power cut later must not leave its name without its content."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def is_dicom_source(source: Source, reading: Reading) -> bool:

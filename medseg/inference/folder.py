@@ -1,98 +1,160 @@
-"""Many scans through one warm model into label files."""
+"""Many scans through warm models into label files.
+
+Reading, predicting and writing of successive scans overlap (`medseg.inference.overlap`). Every finished case is a line
+of the manifest (`medseg.inference.manifest`) before its files get their names: whatever ends the work, what is there is
+whole and is not done again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from medseg.bundle import BUNDLE_FILE
-from medseg.data.cases import load_image
-from medseg.data.inputs import find_inputs
+from medseg.data.inputs import Refused, find_inputs
 from medseg.data.layouts import Case
 from medseg.errors import Code, MedsegError
-from medseg.formats import STRICT, Reading
 from medseg.formats.dicom.export import IDENTIFIERS_REMARK, Form
 from medseg.formats.label_table import CaseRecord, read_cases, read_labels, write_table
-from medseg.formats.remarks import gathered_warnings, remarks
-from medseg.inference.export import Export, files_of
-from medseg.inference.predictor import Predictor
+from medseg.formats.remarks import gathered_warnings
+from medseg.inference.case_statistics import STATISTICS_FILE, write_statistics
+from medseg.inference.ensemble import Ensemble
+from medseg.inference.export import Export, files_of, tidy
+from medseg.inference.job import Job, Options, say
+from medseg.inference.manifest import Manifest, context_of, model_digest, options_of
+from medseg.inference.members import is_model
+from medseg.inference.overlap import overlapped
+from medseg.inference.progress import cases_bar
+from medseg.inference.subset import choose, whole
 from medseg.labels import TABLE_FILE, Labels
 from medseg.volume import Volume
 
-PREVIEW_FOLDER = "previews"
-"""Below the label files: pictures beside them would be taken for label files by whoever reads the folder."""
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it.
+
+    Args:
+        files: the label files that were written, case by case.
+        num_before: cases that were done before.
+        bad: id → code and message of the cases that were left out.
+    """
+
+    files: tuple[Path, ...]
+    num_before: int
+    bad: Mapping[str, Mapping[str, str]]
 
 
 def predict_inputs(
-    predictor: Predictor,
-    inputs: Sequence[Path],
-    output: Path,
-    console: Console,
-    *,
-    forms: tuple[Form, ...] = (Form.NIFTI,),
-    reading: Reading = STRICT,
-    overwrite: bool = False,
-    draw_preview: Callable[..., None] | None = None,
-) -> list[Path]:
-    """Predict scans and write the files of each, with `predictions.json` beside them.
+    ensemble: Ensemble, inputs: Sequence[Path], output: Path, console: Console, options: Options | None = None
+) -> Outcome:
+    """Predict scans and write the files of each, with `predictions.json` and the manifest beside them.
 
     Args:
-        predictor: the loaded model.
+        ensemble: the loaded models.
         inputs: files, DICOM series folders, trees and zips of them, folders of many cases.
         output: folder for the files; made if need be.
         console: where the user reads.
-        forms: which files each case gets.
-        reading: what is asked of the readers beyond their strict defaults.
-        overwrite: replace files that exist.
-        draw_preview: `reports.overlay.save_overlay`, or None for no pictures.
-    Returns:
-        The files, case by case.
+        options: what is written, and how.
     Raises:
-        MedsegError: E_NO_CASES if nothing is found; E_OUTPUT, before any work, if a file exists or cannot be written
-            for a case; what reading or the model refuse. Cases before the refused one are written, the refused one
-            leaves no file.
+        MedsegError: E_NO_CASES if nothing is found; E_NAME for an unknown class; E_OUTPUT, before any work, if a file
+            exists or cannot be written for a case, and later if the disk refuses; what reading or the model refuse,
+            unless bad cases are skipped. Cases before the refused one are written, the refused one leaves no file.
     """
-    info = predictor.bundle.info
+    options = options or Options()
+    info = ensemble.info
+    subset = choose(info.labels, options.classes) if options.classes is not None else whole(info.labels)
     with console.status("looking at the inputs"), gathered_warnings() as warnings:
-        cases = find_inputs(inputs, channels=info.channels, modality=info.modality, reading=reading)
-    _say(console, warnings)
-    export = Export(info, forms, reading)
-    export.check(cases)
-    _check_output(output, cases, export, overwrite=overwrite)
-    records = _earlier_records(output, info.labels, overwrite=overwrite)
-    previews = output / PREVIEW_FOLDER
-    (output if draw_preview is None else previews).mkdir(parents=True, exist_ok=True)
-    write_predictions_table(output, info.labels, records)
-    if set(forms) - {Form.NIFTI}:
-        _say(console, [IDENTIFIERS_REMARK])
-    written: list[Path] = []
-    for number, case in enumerate(cases, start=1):
-        with console.status(f"{case.case_id} ({number} of {len(cases)})"), gathered_warnings() as warnings:
-            image = _with_modality_note(load_image(case, channels=info.channels, reading=reading), info.modality)
-            indices = predictor.predict_indices(image)
-            label = predictor.in_file_values(indices)
-            files = export.write(case, indices, label, output)
-            records[case.case_id] = CaseRecord(tuple(file.name for file in files), image.notes)
-            write_predictions_table(output, info.labels, records)
-            if draw_preview is not None:
-                picture = previews / f"{case.case_id}.png"
-                draw_preview(picture, image, labels=info.labels, predicted=label, title=case.case_id)
-        written += files
-        names = ", ".join([str(files[0]), *(file.name for file in files[1:])])
-        console.print(f"{number}/{len(cases)}  {names}  {_shape(label)}", highlight=False, soft_wrap=True, markup=False)
-        _say(console, remarks(image.notes, warnings))
-    return written
+        unusable: Refused | None = [] if options.on_bad_case == "skip" else None
+        cases = find_inputs(
+            inputs, channels=info.channels, modality=info.modality, reading=options.reading, refused=unusable
+        )
+    say(console, warnings)
+    export = Export(info, options.forms, options.reading, ensemble.model_names, subset.labels)
+    refused = _refused(export, cases, unusable)
+    manifest = Manifest(output, model_digest(ensemble), _options(ensemble, options), context_of(ensemble))
+    _check_output(output, cases, export, manifest, options)
+    records = _earlier_records(output, subset.labels, manifest, overwrite=options.overwrite)
+    output.mkdir(parents=True, exist_ok=True)
+    tidy(output)
+    write_predictions_table(output, subset.labels, records | manifest.records())
+    if set(options.forms) - {Form.NIFTI}:
+        say(console, [IDENTIFIERS_REMARK])
+    for line in ensemble.describe():
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if options.resume:
+        say(console, _redone(manifest, cases))
+    with cases_bar(console, len(cases)) as bar:
+        job = Job(ensemble, subset, export, manifest, options, console, bar, len(cases), refused)
+        try:
+            overlapped(cases, job.read, job.predict, job.write)
+        except KeyboardInterrupt:
+            say(console, [f"stopped: {job.num_done} of {len(cases)} cases are done; go on with --resume"])
+            raise
+        finally:
+            write_predictions_table(output, subset.labels, records | manifest.records())
+            if options.statistics:
+                write_statistics(output / STATISTICS_FILE, manifest.rows())
+    outcome = Outcome(tuple(job.files), job.num_before, job.bad)
+    _conclude(console, len(cases), outcome)
+    return outcome
 
 
-def _with_modality_note(image: Volume, trained_on: str | None) -> Volume:
-    """The scan, with a note where it is of another modality than the model's; a single scan is what the user chose."""
-    if None in (image.modality, trained_on) or image.modality == trained_on:
-        return image
-    note = f"the scan is {image.modality}, the model was trained on {trained_on}: do not expect sense of its labels"
-    return replace(image, notes=(*image.notes, note))
+def _options(ensemble: Ensemble, options: Options) -> dict[str, Any]:
+    """All that decides what the files of a case hold, beside the models."""
+    labels = ensemble.info.labels
+    return {
+        **options_of(ensemble),
+        "format": [str(form) for form in options.forms],
+        "classes": options.classes and sorted(name.strip() for name in options.classes.split(",")),
+        "statistics": options.statistics,
+        "probabilities": list(labels.region_names or labels.names) if options.probabilities else None,
+        "uncertainty": options.uncertainty,
+        "preview": options.draw_preview is not None,
+        "reading": asdict(options.reading),
+    }
+
+
+def _refused(export: Export, cases: Sequence[Case], unusable: Refused | None) -> dict[str, MedsegError]:
+    """The cases that are known to be bad before they are read; these end the work where `unusable` is None."""
+    if unusable is None:
+        export.check(cases)
+        return {}
+    export.check(())
+    refused = {case.case_id: error for case in cases for source, error in unusable if source in case.images}
+    for case in cases:
+        try:
+            export.check([] if case.case_id in refused else [case])
+        except MedsegError as error:
+            refused[case.case_id] = error
+    return refused
+
+
+def _redone(manifest: Manifest, cases: Sequence[Case]) -> list[str]:
+    """What is done again because another model or other options made it, one line for each kind."""
+    counts: dict[str, int] = {}
+    for case in cases:
+        entry = manifest.entries.get(case.case_id)
+        if entry is not None and entry.failed is None and entry.session != manifest.session:
+            other = manifest.difference(entry.session)
+            counts[other] = counts.get(other, 0) + 1
+    return [f"done again: {count} cases that {other} made" for other, count in counts.items()]
+
+
+def _conclude(console: Console, num_cases: int, outcome: Outcome) -> None:
+    if num_cases > 1 or outcome.num_before or outcome.bad:
+        parts = [f"{num_cases - outcome.num_before - len(outcome.bad)} predicted"]
+        parts += [f"{outcome.num_before} done before"] if outcome.num_before else []
+        parts += [f"{len(outcome.bad)} bad and left out"] if outcome.bad else []
+        console.print(
+            f"{num_cases} {'case' if num_cases == 1 else 'cases'}: {', '.join(parts)}", highlight=False, markup=False
+        )
+    for case_id, failed in outcome.bad.items():
+        line = f"bad: {case_id}: {failed['code']}: {failed['message']}"
+        console.print(line, style="red", highlight=False, soft_wrap=True, markup=False)
 
 
 def refuse_swapped(run: Path, inputs: Sequence[Path]) -> None:
@@ -101,10 +163,10 @@ def refuse_swapped(run: Path, inputs: Sequence[Path]) -> None:
     Raises:
         MedsegError: E_RUN.
     """
-    if (run / BUNDLE_FILE).is_file():
+    if is_model(run):
         return
-    swapped = next((path for path in inputs if (path / BUNDLE_FILE).is_file()), None)
-    inside = sorted((path.parent for path in run.glob(f"*/{BUNDLE_FILE}")), key=lambda p: p.stat().st_mtime)
+    swapped = next((path for path in inputs if is_model(path)), None)
+    inside = sorted((path for path in run.glob("*") if is_model(path)), key=lambda p: p.stat().st_mtime)
     if swapped is not None:
         remedy = f"did you swap them? RUN comes first, then the scans: medseg predict {swapped} {run} -o OUT"
     elif inside:
@@ -115,7 +177,7 @@ def refuse_swapped(run: Path, inputs: Sequence[Path]) -> None:
         Code.RUN,
         "this is not a run of medseg" if run.exists() else "there is no such run",
         where=run,
-        expected=f"a folder with {BUNDLE_FILE}, as medseg train writes it",
+        expected="a folder that medseg train or medseg select made",
         got="a file" if run.is_file() else None,
         remedy=remedy,
     )
@@ -131,8 +193,8 @@ def write_predictions_table(folder: Path, labels: Labels, cases: dict[str, CaseR
     write_table(folder / TABLE_FILE, labels.to_json(), cases)
 
 
-def _check_output(output: Path, cases: Sequence[Case], export: Export, *, overwrite: bool) -> None:
-    """Refuse to replace anything, and under no circumstances the scans."""
+def _check_output(output: Path, cases: Sequence[Case], export: Export, manifest: Manifest, options: Options) -> None:
+    """Refuse to replace anything unasked, and under no circumstances the scans."""
     if output.exists() and not output.is_dir():
         raise MedsegError(Code.OUTPUT, "the output is not a folder", where=output, remedy="give a folder with -o")
     sources = {file.resolve() for case in cases for file in files_of(case.images)}
@@ -144,17 +206,20 @@ def _check_output(output: Path, cases: Sequence[Case], export: Export, *, overwr
             where=output,
             remedy="choose another folder with -o",
         )
-    if existing and not overwrite:
+    ours = [path for path in existing if path.name in manifest.written]
+    refused = [path for path in existing if not options.resume or path not in ours]
+    if refused and not options.overwrite:
+        skip = ", skip what is done with --resume" if ours and not options.resume else ""
         raise MedsegError(
             Code.OUTPUT,
-            f"{len(existing)} label file(s) exist already",
-            where=existing[0],
-            remedy="choose another folder with -o, or replace them with --overwrite",
+            f"{len(refused)} label file(s) exist already",
+            where=refused[0],
+            remedy=f"choose another folder with -o{skip}, or replace them with --overwrite",
         )
 
 
-def _earlier_records(output: Path, labels: Labels, *, overwrite: bool) -> dict[str, CaseRecord]:
-    """What the folder's table says of cases that were predicted before.
+def _earlier_records(output: Path, labels: Labels, manifest: Manifest, *, overwrite: bool) -> dict[str, CaseRecord]:
+    """What the folder's table says of cases that were predicted or converted before.
 
     Raises:
         MedsegError: E_OUTPUT where it speaks of other classes: one table cannot stand for both.
@@ -162,12 +227,14 @@ def _earlier_records(output: Path, labels: Labels, *, overwrite: bool) -> dict[s
     try:
         earlier, records = read_labels(output / TABLE_FILE), read_cases(output / TABLE_FILE)
     except MedsegError:
-        if overwrite:
-            return {}
-        raise
+        if not overwrite:
+            raise
+        manifest.reset()
+        return {}
     if earlier is None or earlier == labels:
         return records
     if overwrite:
+        manifest.reset()
         return {}
     raise MedsegError(
         Code.OUTPUT,
@@ -177,14 +244,3 @@ def _earlier_records(output: Path, labels: Labels, *, overwrite: bool) -> dict[s
         got=earlier.to_json(),
         remedy="choose another folder with -o, or replace it with --overwrite",
     )
-
-
-def _say(console: Console, lines: Iterable[str]) -> None:
-    for line in lines:
-        console.print(f"note: {line}", style="yellow", highlight=False, soft_wrap=True, markup=False)
-
-
-def _shape(label: Volume) -> str:
-    spacing = "×".join(f"{s:.3g}" for s in label.grid.spacing_mm)
-    unit = "px" if label.grid.is_picture else "mm"
-    return f"{'×'.join(str(s) for s in label.grid.shape)} at {spacing} {unit}, {label.array.dtype}"

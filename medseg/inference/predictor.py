@@ -1,77 +1,133 @@
-"""A model that stays warm: scans in, label maps on the scans' own grids out."""
+"""Warm models of one plan: scans in, label maps on the scans' own grids out."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from medseg.bundle import Bundle, load_bundle
-from medseg.data.augment import Mirroring
-from medseg.data.preprocess import prepare_image
-from medseg.device import choose_device, choose_precision
-from medseg.errors import Code, MedsegError
-from medseg.inference.sliding_window import WindowConfig, memory_format, sliding_window_logits
-from medseg.resampling import resample_argmax
-from medseg.volume import Volume
+from medseg.bundle import Bundle, BundleInfo
+from medseg.data.preprocess import covered_box, planned_grid, prepare_image
+from medseg.inference.decoding import NOTHING_MORE, Decoding
+from medseg.inference.memory import Footprint, plan_memory
+from medseg.inference.prediction import Wanted
+from medseg.inference.sliding_window import (
+    WindowConfig,
+    memory_format,
+    sliding_window_logits,
+    sliding_window_planes,
+    tiles_together,
+)
+from medseg.labels import Labels
+from medseg.models import SegmentationModel
+from medseg.volume import Grid, Volume
+
+
+class MeanModel(SegmentationModel):
+    """Several networks as one: the mean of their logits. They have the same inputs, classes and output size.
+
+    Args:
+        models: in eval mode.
+    """
+
+    def __init__(self, models: list[SegmentationModel]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.first = models[0].output_size
+
+    def output_size(self, input_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Size of the result, as each of the networks has it."""
+        return self.first(input_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean logits, float32, shape (N, K, *output_size)."""
+        total: Tensor = self.models[0](x).float()
+        for model in self.models[1:]:
+            total = total + model(x)
+        return total / len(self.models)
 
 
 class Predictor:
-    """Predicts label maps with one loaded model.
+    """Predicts label maps with the loaded models of one plan: a single run, or the folds of one.
 
     Args:
-        bundle: the trained model.
+        bundle: the trained model, or several that see the same: the image is prepared once, the mean of their logits
+            is gathered in one volume and resampled once.
         config: tiling; its precision must be one that the device has.
     """
 
-    def __init__(self, bundle: Bundle, config: WindowConfig) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle | list[Bundle], config: WindowConfig) -> None:
+        bundles = [bundle] if isinstance(bundle, Bundle) else bundle
+        self.bundle = bundles[0]
         self.config = config
-        dims = bundle.info.plan.spatial_dims
-        self.model = bundle.model.to(memory_format=memory_format(dims))  # type: ignore[call-overload]
+        self.num_models = len(bundles)
+        model = self.bundle.model if len(bundles) == 1 else MeanModel([b.model for b in bundles])
+        dims = self.info.plan.spatial_dims
+        self.model = model.to(memory_format=memory_format(dims))  # type: ignore[call-overload]
 
-    @classmethod
-    def from_run(
-        cls,
-        run: Path,
-        *,
-        checkpoint: str = "best",
-        device: str = "auto",
-        precision: str = "auto",
-        step: float = 0.5,
-        mirror: bool = False,
-        batch_size: int = 4,
-    ) -> Predictor:
-        """Load a run's model.
+    @property
+    def info(self) -> BundleInfo:
+        """What the models are."""
+        return self.bundle.info
+
+    def logits(self, image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits (K, *S) of a prepared image (C, *S)."""
+        patch, num_outputs = self.info.plan.patch_size, self.info.labels.num_outputs
+        return sliding_window_logits(self.model, image, patch, num_outputs, self.config, dtype)
+
+    def logits_of(self, volume: Volume, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Grid]:
+        """Logits (K, *S) of a scan on the model's grid, and the voxels of the scan that they cover.
 
         Args:
-            run: the folder that `medseg train` made.
-            checkpoint: "best" or "latest".
-            device: "auto", "cpu", "cuda", "cuda:1", …
-            precision: "auto", "bf16", "fp16" or "fp32".
-            step: distance of tiles as a share of the tile.
-            mirror: average over mirrored passes along the axes that training mirrored.
-            batch_size: tiles in one forward pass.
+            volume: the scan, array (C, *S) with the channels that the model was trained on.
+            dtype: of the logits, float32 or float16.
+        Returns:
+            The logits, and their box cut into the scan's own voxels, with the axes of the plan: all of the scan, or
+            the part that is left where the plan crops.
         """
-        where = choose_device(device)
-        bundle = load_bundle(run, checkpoint=checkpoint, device=where)
-        mirroring = bundle.info.mirroring if mirror else Mirroring()
-        if mirror and not mirroring.axes:
-            raise MedsegError(
-                Code.MODEL,
-                "the model was trained without mirroring and knows sides: mirrored passes would confuse it",
-                where="--mirror",
-                remedy="leave --mirror out, or train with augment.mirror_axes=[0,1,2] where the anatomy has no sides",
-            )
-        config = WindowConfig(step, mirroring, batch_size, choose_precision(precision, where))
-        return cls(bundle, config)
+        image, covered = self._prepared(volume)
+        return self.logits(image, dtype), covered
 
-    def logits(self, image: torch.Tensor) -> torch.Tensor:
-        """Logits (K, *S) of a prepared image (C, *S)."""
-        info = self.bundle.info
-        return sliding_window_logits(self.model, image, info.plan.patch_size, info.labels.num_classes, self.config)
+    def decoded(self, volume: Volume, wanted: Wanted = NOTHING_MORE) -> Decoding:
+        """The answer to a scan on its grid, made some planes at a time while the window moves on.
+
+        Args:
+            volume: the scan, array (C, *S) with the channels that the model was trained on.
+            wanted: what is made besides the class indices.
+        Raises:
+            MedsegError: E_LIMIT, before any work, where the memory does not suffice.
+        """
+        plan, labels = self.info.plan, self.info.labels
+        dtype = plan_memory(volume.grid, [self.footprint(volume)], self.device, wanted=wanted).dtype
+        image, covered = self._prepared(volume)
+        decoding = Decoding(labels, covered, volume.grid, wanted)
+        planes = sliding_window_planes(self.model, image, plan.patch_size, labels.num_outputs, self.config, dtype)
+        decoding.fill_resampled(planes, image.shape[1])
+        return decoding
+
+    def footprint(self, volume: Volume) -> Footprint:
+        """Sizes by which the memory for a scan is planned; before a crop, which makes it smaller."""
+        plan = self.info.plan
+        scan = volume.grid if volume.grid.is_picture else volume.grid.reoriented(plan.orientation)
+        output = tuple(self.model.output_size(plan.patch_size))
+        num_tiles = tiles_together(self.config, self.device)
+        shape = planned_grid(scan, plan).shape
+        return Footprint(shape, plan.patch_size, output, plan.num_channels, self.info.labels.num_outputs, num_tiles)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def _prepared(self, volume: Volume) -> tuple[Tensor, Grid]:
+        """What the network sees of a scan, and the voxels of the scan that it covers, with the axes of the plan."""
+        plan = self.info.plan
+        image, grid = prepare_image(volume, plan)
+        scan = volume.grid if grid.is_picture else volume.grid.reoriented(plan.orientation)
+        return image, scan.boxed(covered_box(grid, scan))
 
     def predict_indices(self, volume: Volume) -> Volume:
         """Class indices (uint8) on exactly the scan's grid.
@@ -79,11 +135,7 @@ class Predictor:
         Args:
             volume: the scan, array (C, *S) with the channels that the model was trained on.
         """
-        plan = self.bundle.info.plan
-        image, grid = prepare_image(volume, plan)
-        oriented = volume.grid if grid.is_picture else volume.grid.reoriented(plan.orientation)
-        indices = resample_argmax(self.logits(image), oriented.shape).cpu().numpy()
-        return Volume(indices, oriented, volume.modality).oriented_as(volume.grid)
+        return self.decoded(volume).indices
 
     def predict(self, volume: Volume) -> Volume:
         """The label map in the values of the training labels, smallest integer type, on exactly the scan's grid."""
@@ -91,5 +143,12 @@ class Predictor:
 
     def in_file_values(self, indices: Volume) -> Volume:
         """Class indices as the values that stand for them in files, smallest integer type."""
-        values = self.bundle.info.labels.to_values(np.asarray(indices.array, dtype=np.uint8))
+        values = self.info.labels.to_values(np.asarray(indices.array, dtype=np.uint8))
         return replace(indices, array=values)
+
+
+def decode(logits: Tensor, covered: Grid, labels: Labels, scan: Grid) -> Volume:
+    """Class indices (uint8) of logits on the scan's grid; the arguments are those of `Predictor.logits_of`."""
+    decoding = Decoding(labels, covered, scan)
+    decoding.fill_resampled([(0, logits)], logits.shape[1])
+    return decoding.indices

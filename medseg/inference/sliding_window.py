@@ -1,5 +1,8 @@
 """Sliding-window inference: overlapping tiles, Gaussian weights, optional mirroring.
 
+The window slides along the first axis. What it has left behind is finished and can be used and forgotten, so that the
+logits of a whole image need not exist.
+
 Shapes: C channels, K classes, S the image, P the patch (the network's input), Q its output (Q = P with padding
 "same", smaller with "valid").
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,12 +20,17 @@ import numpy as np
 import torch
 
 from medseg.data.augment import Mirroring
-from medseg.data.sampling import cut
+from medseg.data.prepared import cut
 from medseg.errors import Code, MedsegError
 from medseg.models import SegmentationModel
 
 GAUSSIAN_SIGMA = 1 / 8
 """Standard deviation of the tile weights as a share of the tile (nnU-Net's value)."""
+
+BATCH_SIZE, BATCH_SIZE_ON_CPU = 4, 1
+"""Tiles in one forward pass. On a CPU more at a time are not faster (docs/benchmarks/prediction.md)."""
+HALF_SCALE = 16.0
+"""The weights of tiles are larger by this where sums are of half precision, whose smallest numbers are coarse."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,12 @@ class WindowConfig:
     mirroring: Mirroring = field(default_factory=Mirroring)
     """Average over all combinations of mirroring along its axes: 2^n passes. Classes that change places in mirrored
     training patches change back."""
-    batch_size: int = 4
-    """Tiles in one forward pass."""
+    batch_size: int | None = None
+    """Tiles, and mirrored passes over them, in one forward pass; None takes what is fastest on the device."""
     precision: str = "fp32"
     """"bf16", "fp16" or "fp32"."""
+    skip: bool = True
+    """Tiles of one and the same value are computed once (`first_alike`): exact."""
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
@@ -57,11 +68,42 @@ def memory_format(spatial_dims: int) -> torch.memory_format:
     return torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
 
 
-@torch.inference_mode()
 def sliding_window_logits(
-    model: SegmentationModel, image: torch.Tensor, patch_size: Sequence[int], num_classes: int, config: WindowConfig
+    model: SegmentationModel,
+    image: torch.Tensor,
+    patch_size: Sequence[int],
+    num_classes: int,
+    config: WindowConfig,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Logits of a whole image.
+    """Logits of a whole image: `sliding_window_planes` put together.
+
+    Returns:
+        Shape (K, *S), of the type and on the model's device.
+    """
+    shape = tuple(image.shape[1:])
+    whole = torch.empty(0)
+    for first, planes in sliding_window_planes(model, image, patch_size, num_classes, config, dtype):
+        if tuple(planes.shape[1:]) == shape:
+            return planes  # all at once: nothing else comes
+        if not first:
+            whole = planes.new_empty((num_classes, *shape))
+        whole[:, first : first + planes.shape[1]] = planes
+    return whole
+
+
+@torch.inference_mode()
+def sliding_window_planes(
+    model: SegmentationModel,
+    image: torch.Tensor,
+    patch_size: Sequence[int],
+    num_classes: int,
+    config: WindowConfig,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Logits of an image, some planes of its first axis at a time, as soon as no tile is left that reaches them.
+
+    Held are the sums of the planes that the tiles at work reach, one tile deep, never the whole image.
 
     Args:
         model: in eval mode, on the device to use.
@@ -69,8 +111,10 @@ def sliding_window_logits(
         patch_size: P.
         num_classes: K.
         config: tiling.
-    Returns:
-        float32, shape (K, *S), on the model's device: the weighted mean over tiles and mirrored passes.
+        dtype: in which the sums are kept: float32, or float16 for half the memory.
+    Yields:
+        The first plane and the logits of the next n, shape (K, n, *S[1:]), on the model's device: the weighted mean
+        over tiles and mirrored passes. They are overwritten when the next are asked for.
     """
     device = next(model.parameters()).device
     output_size = model.output_size(tuple(patch_size))
@@ -79,43 +123,145 @@ def sliding_window_logits(
     # What the tiles cover: at least one tile; an image smaller than a tile lies in the middle of it.
     covered = [max(s, q) for s, q in zip(shape, output_size, strict=True)]
     before = [(c - s) // 2 for c, s in zip(covered, shape, strict=True)]
-    valid = any(margin)
     padded = cut(
-        image.to(device),
+        image,
         [-(b + m) for b, m in zip(before, margin, strict=True)],
         [c + p - q for c, p, q in zip(covered, patch_size, output_size, strict=True)],
-        mirror=valid,
+        mirror=any(margin),
     )
+    starts = tile_starts(covered, output_size, config.step)
+    alike = first_alike(padded, starts, patch_size) if config.skip else list(range(len(starts)))
+    passes = mirrored_passes(config.mirroring)
+    unlike = [starts[index] for index in range(len(starts)) if alike[index] == index]
+    answers = _tile_logits(model, padded.to(device), unlike, patch_size, passes, config)
+    uses = Counter(alike)
+    kept: dict[int, torch.Tensor] = {}
+
     weight = gaussian_weight(tuple(output_size)).to(device)
-    total = torch.zeros((num_classes, *covered), device=device)
-    weights = torch.zeros(covered, device=device)
-    layout = memory_format(len(shape))
-    for starts in _batches(tile_starts(covered, output_size, config.step), config.batch_size):
-        tiles = torch.stack([cut(padded, start, patch_size) for start in starts])
-        logits = _mirrored(model, tiles.to(memory_format=layout), config, device)
-        for start, tile in zip(starts, logits, strict=True):
-            box = tuple(slice(s, s + q) for s, q in zip(start, output_size, strict=True))
-            total[(slice(None), *box)] += tile * weight
-            weights[box] += weight
-    total /= weights
-    return total[(slice(None), *(slice(b, b + s) for b, s in zip(before, shape, strict=True)))]
+    if dtype == torch.float16:
+        weight *= HALF_SCALE
+    depth = output_size[0]
+    total = torch.zeros((num_classes, depth, *covered[1:]), device=device, dtype=dtype)
+    weights = torch.zeros((depth, *covered[1:]), device=device)
+    inside = tuple(slice(b, b + s) for b, s in zip(before[1:], shape[1:], strict=True))
+    done = 0
+    for (start, *corner), representative in zip([*starts, (covered[0],)], [*alike, -1], strict=True):
+        if start > done:  # no tile that comes reaches the planes before it
+            for places, planes in _ring(done, start, depth):
+                low, high = (max(0, min(plane - before[0], shape[0])) for plane in (planes.start, planes.stop))
+                finished = total[:, places].div_(weights[places] * len(passes))
+                if low < high:
+                    yield (
+                        low,
+                        finished[(slice(None), slice(low + before[0] - planes.start, None), *inside)][:, : high - low],
+                    )
+                total[:, places] = 0
+                weights[places] = 0
+            done = start
+        if representative < 0:
+            break
+        tile = kept.get(representative)
+        if tile is None:
+            tile = next(answers)
+        uses[representative] -= 1
+        if uses[representative]:
+            kept[representative] = tile
+        else:
+            kept.pop(representative, None)
+        box = tuple(slice(s, s + q) for s, q in zip(corner, output_size[1:], strict=True))
+        for places, planes in _ring(start, start + depth, depth):
+            part = slice(planes.start - start, planes.stop - start)
+            if dtype == torch.float32:
+                total[(slice(None), places, *box)].addcmul_(tile[:, part], weight[part])
+            else:
+                total[(slice(None), places, *box)] += tile[:, part] * weight[part]
+            weights[(places, *box)] += weight[part]
 
 
-def _mirrored(
-    model: SegmentationModel, tiles: torch.Tensor, config: WindowConfig, device: torch.device
-) -> torch.Tensor:
-    """Mean logits (float32) over the mirrored passes of a batch of tiles (N, C, *P)."""
-    mirroring = config.mirroring
-    combinations = [c for n in range(len(mirroring.axes) + 1) for c in itertools.combinations(mirroring.axes, n)]
-    with autocast(device, config.precision):
-        total: torch.Tensor = model(tiles).float()
-        for flips in combinations[1:]:
-            axes = [axis + 2 for axis in flips]
-            logits = model(tiles.flip(axes)).flip(axes)
-            if mirroring.swaps(flips):  # what looks like a left kidney in a mirrored tile is the right one
-                logits = logits[:, list(mirroring.classes)]
-            total += logits.float()
-    return total / len(combinations)
+def _ring(start: int, stop: int, depth: int) -> Iterator[tuple[slice, slice]]:
+    """Planes start … stop - 1, at most `depth`, and their places in a ring of `depth` planes: one piece or two."""
+    while start < stop:
+        place = start % depth
+        length = min(stop - start, depth - place)
+        yield slice(place, place + length), slice(start, start + length)
+        start += length
+
+
+def first_alike(padded: torch.Tensor, starts: Sequence[Sequence[int]], patch_size: Sequence[int]) -> list[int]:
+    """For each tile the first tile that is exactly the same, as far as both are of one value; mostly itself.
+
+    In scans most of such tiles are air that the intensity window makes one value, and the zeros around a brain. What
+    the network says of them is the same wherever they lie. So they are computed once, and nothing changes: that they
+    are background is not assumed.
+
+    Args:
+        padded: what tiles are cut from, (C, *S).
+        starts: first voxels of the tiles.
+        patch_size: P.
+    Returns:
+        One index into `starts` for each tile.
+    """
+    seen: dict[tuple[float, ...], int] = {}
+    coarse = (slice(None), *(slice(None, None, max(p // 8, 1)) for p in patch_size))
+    alike = []
+    for index, start in enumerate(starts):
+        tile = cut(padded, start, patch_size)
+        value = tile[(slice(None), *([slice(0, 1)] * len(patch_size)))]
+        constant = bool((tile[coarse] == value).all()) and bool((tile == value).all())
+        alike.append(seen.setdefault(tuple(value.flatten().tolist()), index) if constant else index)
+    return alike
+
+
+def tiles_together(config: WindowConfig, device: torch.device) -> int:
+    """Tiles, and mirrored passes over them, in one forward pass on a device."""
+    return config.batch_size or (BATCH_SIZE_ON_CPU if device.type == "cpu" else BATCH_SIZE)
+
+
+def mirrored_passes(mirroring: Mirroring) -> list[tuple[int, ...]]:
+    """Axes that each pass over a tile mirrors; none in the first."""
+    return [axes for n in range(len(mirroring.axes) + 1) for axes in itertools.combinations(mirroring.axes, n)]
+
+
+def _tile_logits(
+    model: SegmentationModel,
+    padded: torch.Tensor,
+    starts: Sequence[Sequence[int]],
+    patch_size: Sequence[int],
+    passes: Sequence[tuple[int, ...]],
+    config: WindowConfig,
+) -> Iterator[torch.Tensor]:
+    """The sum of the logits of a tile over its mirrored passes, float32 (K, *Q), one tile after the other.
+
+    Passes and tiles fill the same batches, all of one size. On a GPU the last is filled up: a new size would cost more
+    than the tiles that are thrown away.
+    """
+    layout = memory_format(len(patch_size))
+    size = tiles_together(config, padded.device)
+    items = [(start, axes) for start in starts for axes in passes]
+    total = torch.empty(0)
+    for begin in range(0, len(items), size):
+        batch = items[begin : begin + size]
+        tiles = [cut(padded, start, patch_size) for start, _ in batch]
+        tiles = [
+            tile.flip([a + 1 for a in axes]) if axes else tile for tile, (_, axes) in zip(tiles, batch, strict=True)
+        ]
+        if padded.device.type != "cpu" and begin:
+            tiles += [tiles[-1]] * (size - len(tiles))
+        stacked = torch.stack(tiles) if len(tiles) > 1 else tiles[0][None]
+        with autocast(padded.device, config.precision):
+            logits = model(stacked.to(memory_format=layout))
+        for number, (_, axes) in enumerate(batch):
+            found = logits[number]
+            if axes:
+                found = found.flip([a + 1 for a in axes])
+                if config.mirroring.swaps(axes):  # what looks like a left kidney in a mirrored tile is the right one
+                    found = found[list(config.mirroring.outputs or config.mirroring.classes)]
+            if not axes:
+                total = found.to(torch.float32, copy=len(passes) > 1)
+            else:
+                total += found
+            if axes == passes[-1]:
+                yield total
 
 
 def tile_starts(shape: Sequence[int], tile: Sequence[int], step: float) -> list[tuple[int, ...]]:
@@ -135,8 +281,3 @@ def gaussian_weight(tile: tuple[int, ...]) -> torch.Tensor:
         centred = (np.arange(length) - (length - 1) / 2) / max(length * GAUSSIAN_SIGMA, 1e-6)
         weight = weight[..., None] * np.exp(-0.5 * centred**2)
     return torch.from_numpy(np.maximum(weight, 1e-4).astype(np.float32))
-
-
-def _batches(items: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
