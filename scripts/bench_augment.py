@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import make_peers
+from benchmark import environment, need_peers, num_cores, parser_of, show, where
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "augment.md"
@@ -164,35 +164,15 @@ def run(side: str, num_batches: int, seed: int, cores: int) -> dict[str, float]:
 
 def bench(rounds: int, num_batches: int) -> dict[str, Any]:
     """All sides in turn."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for turn in range(rounds):
         for side in SIDES[turn % len(SIDES) :] + SIDES[: turn % len(SIDES)]:
             got = run(side, num_batches, 1000 * turn, cores)
             results[side].append(got)
             print(f"{turn + 1} {side}: {got['per_second']:.2f} patches/s, {got['processor']:.3f} s of a core each")
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return {"results": results, "rounds": rounds, "batches": num_batches, "environment": environment(cores, busy)}
-
-
-def environment(cores: int, busy: float) -> dict[str, Any]:
-    """What the figures depend on; nothing that names the machine."""
-    ask = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-
-    def versions(python: str, *names: str) -> Any:
-        done = subprocess.run([python, "-c", ask, *names], check=True, capture_output=True, text=True)
-        return json.loads(done.stdout)
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return {
-        "cores": cores,
-        "load": busy,
-        "processor": next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine()),
-        "python": platform.python_version(),
-        "medseg": versions(sys.executable, "medseg", "torch"),
-        "peers": versions(str(make_peers.python()), "nnunetv2", "batchgeneratorsv2", "torch"),
-    }
+    facts = environment(("medseg", "torch"), ("nnunetv2", "batchgeneratorsv2", "torch"))
+    return {"results": results, "rounds": rounds, "batches": num_batches, "environment": facts}
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
@@ -236,12 +216,7 @@ def page(results: dict[str, Any]) -> str:
         f"**{found['ratio']:.2f} times the throughput** of nnU-Net's better way ({found['best_peer']}; the bar",
         f"is {BAR}), and {found['processor_ratio']:.2f} times by processor time.",
         "",
-        f"{facts['cores']} cores of {facts['processor']}, Python {facts['python']}; load {facts['load']:.1f} at the",
-        f"end (more than {facts['cores']} means that other programs ran beside it).",
-        *(
-            f"In {where}: " + ", ".join(f"{n} {v}" for n, v in facts[key].items()) + "."
-            for where, key in (("medseg's environment", "medseg"), ("the peers'", "peers"))
-        ),
+        *where(facts),
         "",
         "## What was expected",
         "",
@@ -262,8 +237,7 @@ def page(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure everything, or (in a process started by that) one side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/benchmarks/augment.md and .json")
+    parser = parser_of(__doc__, PAGE)
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each side")
     parser.add_argument("--batches", type=int, default=100, help="batches of each process")
     parser.add_argument("--device", default="cpu", help="cuda: medseg alone")
@@ -277,14 +251,9 @@ def main() -> None:
         got = measure("medseg", arguments.batches, 0, os.cpu_count() or 1, arguments.device)
         print(f"{1e3 * got['seconds'] / arguments.batches:.1f} ms a batch of {BATCH}")
         return
-    if not make_peers.python().exists():
-        parser.error("the peers are not there: python scripts/make_peers.py")
+    need_peers(parser)
     results = bench(arguments.rounds, arguments.batches)
-    text = page(results)
-    print("\n" + text)
-    if arguments.write:
-        PAGE.write_text(text, encoding="utf-8")
-        PAGE.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    show(PAGE, page(results), results, write=arguments.write)
 
 
 if __name__ == "__main__":

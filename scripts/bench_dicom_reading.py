@@ -15,10 +15,7 @@ its NIfTI file are. Keep the machine otherwise idle.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -31,6 +28,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import make_peers
+from benchmark import environment, need_peers, parser_of, show, where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +41,8 @@ SPACING_MM = (0.75, 0.75, 1.5)
 NUM_POINTS = 4000
 """Voxels whose values are looked up at their place in the patient."""
 POSITION_TOLERANCE_VOXELS = 0.01
+OURS_NEED = ("medseg", "pydicom", "pyjpegls", "numpy")
+PEERS_NEED = ("monai", "torch", "dcm2niix", "SimpleITK", "pydicom", "pyjpegls", "numpy")
 
 Placed = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]
 """Voxels (i, j, k) and the matrix from their indices to RAS mm."""
@@ -307,26 +307,10 @@ def bench(rounds: int, repeats: int, num_slices: int) -> dict[str, Any]:
                     print(turn + 1, kind, reader.name, [round(s, 3) for s in got["seconds"]], got["finding"])
     return {
         "series": results,
-        "environment": environment(),
+        "environment": environment(OURS_NEED, PEERS_NEED),
         "rounds": rounds,
         "repeats": repeats,
         "shape": [COLUMNS, ROWS, num_slices],
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on; nothing that names the machine."""
-    ask = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    names = ("monai", "torch", "dcm2niix", "SimpleITK", "pydicom", "pyjpegls", "numpy")
-    asked = subprocess.run([str(make_peers.python()), "-c", ask, *names], check=True, capture_output=True, text=True)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processor": next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine()),
-        "python": platform.python_version(),
-        "medseg": {name: importlib.metadata.version(name) for name in ("medseg", "pydicom", "pyjpegls", "numpy")},
-        "peers": json.loads(asked.stdout),
     }
 
 
@@ -363,17 +347,12 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join([name, *figures, ratio, entry['finding'].replace('|', '/')])} |")
         lines.append("")
     lines += ["## What was called, and where", "", *(f"- {r.name}: {r.call}" for r in READERS), ""]
-    versions = {"medseg's environment": facts["medseg"], "the peers'": facts["peers"]}
-    lines.append(f"{facts['cores']} cores of {facts['processor']}, Python {facts['python']}.")
-    for where, packages in versions.items():
-        lines.append(f"In {where}: " + ", ".join(f"{n} {v}" for n, v in packages.items()) + ".")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *where(facts), ""])
 
 
 def main() -> None:
     """Measure everything, or (in a process started by that) one reader."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/benchmarks/dicom_reading.md and .json")
+    parser = parser_of(__doc__, TABLE)
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes per reader and series")
     parser.add_argument("--repeats", type=int, default=3, help="timed readings in each")
     parser.add_argument("--slices", type=int, default=SLICES, help="fewer for a quick look; --write needs the default")
@@ -384,16 +363,11 @@ def main() -> None:
         reader = next(r for r in READERS if r.name == name)
         print(json.dumps(measure(reader, Path(folder), arguments.repeats)))
         return
-    if not make_peers.python().exists():
-        parser.error("the peers are not there: python scripts/make_peers.py")
+    need_peers(parser)
     if arguments.write and arguments.slices != SLICES:
         parser.error("--write goes with the whole series only")
     results = bench(arguments.rounds, arguments.repeats, arguments.slices)
-    page = table(results)
-    print("\n" + page)
-    if arguments.write:
-        TABLE.write_text(page, encoding="utf-8")
-        TABLE.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    show(TABLE, table(results), results, write=arguments.write)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ call needs beside its input, its result included. Keep the machine otherwise idl
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import make_peers
+from benchmark import environment, need_peers, parser_of, show, where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +38,8 @@ TABLE = ROOT / "docs" / "benchmarks" / "resampling.md"
 SHAPE, SPACING_MM = (512, 512, 200), (0.8, 0.8, 1.5)
 NEW_SHAPE, NEW_SPACING_MM = (410, 410, 300), (1.0, 1.0, 1.0)
 NUM_CLASSES = 6
+OURS_NEED = ("medseg", "torch", "numpy", "scipy")
+PEERS_NEED = ("nnunetv2", "batchgenerators", "scikit-image", "scipy", "numpy")
 TIME_BAR, MEMORY_BAR, VALUE_BAR = 10.0, 2 / 3, 1e-4
 """At least so many times faster in sum, at most that share of the memory, at most that share of the value range."""
 PREDICTION = """\
@@ -216,24 +217,8 @@ def bench(rounds: int, scale: int) -> dict[str, Any]:
                         flush=True,
                     )
         agreed = agreement(folder)
-    return {"works": works, "agreement": agreed, "environment": environment(), "rounds": rounds, "scale": scale}
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on; nothing that names the machine."""
-    ask = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    names = ("nnunetv2", "batchgenerators", "scikit-image", "scipy", "numpy")
-    asked = subprocess.run([str(make_peers.python()), "-c", ask, *names], check=True, capture_output=True, text=True)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return {
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processor": next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine()),
-        "python": platform.python_version(),
-        "load_before": os.getloadavg()[2],
-        "medseg": {name: importlib.metadata.version(name) for name in ("medseg", "torch", "numpy", "scipy")},
-        "peers": json.loads(asked.stdout),
-    }
+    facts = environment(OURS_NEED, PEERS_NEED)
+    return {"works": works, "agreement": agreed, "environment": facts, "rounds": rounds, "scale": scale}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -293,18 +278,14 @@ def table(results: dict[str, Any]) -> str:
         "nnU-Net's routine uses one core however many there are (nnU-Net prepares several cases at a time instead):",
         "the row with one thread is the fair one for whole data sets.",
         "",
-        f"{facts['cores']} cores of {facts['processor']}, Python {facts['python']}; mean load of the quarter of an hour"
-        f" before the end {facts['load_before']:.1f}.",
+        *where(facts),
     ]
-    for where, packages in {"medseg's environment": facts["medseg"], "the peers'": facts["peers"]}.items():
-        lines.append(f"In {where}: " + ", ".join(f"{n} {v}" for n, v in packages.items()) + ".")
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
     """Measure everything, or (in a process started by that) one call."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/benchmarks/resampling.md and .json")
+    parser = parser_of(__doc__, TABLE)
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes per way and work")
     parser.add_argument("--scale", type=int, default=1, help="divide the sizes; --write needs 1")
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "WORK", "FOLDER"), help=argparse.SUPPRESS)
@@ -317,16 +298,11 @@ def main() -> None:
     if arguments.inputs:
         write_inputs(Path(arguments.inputs), arguments.scale)
         return
-    if not make_peers.python().exists():
-        parser.error("the peers are not there: python scripts/make_peers.py")
+    need_peers(parser)
     if arguments.write and arguments.scale != 1:
         parser.error("--write goes with the whole size only")
     results = bench(arguments.rounds, arguments.scale)
-    page = table(results)
-    print("\n" + page)
-    if arguments.write:
-        TABLE.write_text(page, encoding="utf-8")
-        TABLE.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    show(TABLE, table(results), results, write=arguments.write)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from typing import Any
 
 from medseg.config import PART_GROUPS, PLAIN_GROUPS, configs_folder, group_options
 from medseg.registry import field_descriptions
+from medseg.training.experiment import Experiment
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Every key of `medseg train`
 
 Written by `scripts/make_configuration_docs.py` from the dataclasses beside the parts. Set a key on the command line,
-`medseg train data.root=FOLDER optimizer.lr=1e-3`, or in a YAML of your own (`--config-dir`). Beside the groups below
-there are `seed` (of everything random, 0), `resume` (a run to go on with), `experiment=` and `debug=`.
+`medseg train data.root=FOLDER optimizer.lr=1e-3`, or in a YAML of your own (`--config-dir`).
 """
 
 
@@ -38,11 +38,12 @@ def rows(cls: type, prefix: str) -> list[str]:
     lines: list[str] = []
     for field in dataclasses.fields(cls):
         default = default_of(field)
+        key = f"{prefix}.{field.name}" if prefix else field.name
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            lines += rows(type(default), f"{prefix}.{field.name}")
+            lines += rows(type(default), key)
         else:
             text = texts.get(field.name, "").replace("|", "\\|")
-            lines.append(f"| `{prefix}.{field.name}` | `{json.dumps(default)}` | {text} |")
+            lines.append(f"| `{key}` | `{json.dumps(default)}` | {text} |")
     return lines
 
 
@@ -59,7 +60,13 @@ def options(group: str) -> list[str]:
 def document() -> str:
     """The whole page."""
     table = ["| key | default | meaning |", "|---|---|---|"]
-    parts = [HEAD]
+    groups = {*PLAIN_GROUPS, *PART_GROUPS}
+    top = [
+        row
+        for field, row in zip(dataclasses.fields(Experiment), rows(Experiment, ""), strict=True)
+        if field.name not in groups
+    ]
+    parts = [HEAD, "\n".join(["## At the top", "", *table, *top, ""])]
     for group, cls in PLAIN_GROUPS.items():
         parts.append("\n".join([f"## {group}", "", *options(group), "", *table, *rows(cls, group), ""]))
     for group, registry in PART_GROUPS.items():
@@ -68,7 +75,7 @@ def document() -> str:
             parts.append(
                 "\n".join([f"### {group}.name: {name}", "", *table, *rows(registry.part(name).config, group), ""])
             )
-    for group in ("experiment", "debug"):
+    for group in ("preset", "experiment", "debug"):
         parts.append("\n".join([f"## {group}", "", *options(group), ""]))
     return "\n".join(parts)
 
