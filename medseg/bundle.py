@@ -25,6 +25,8 @@ from medseg.labels import Labels
 from medseg.models import MODELS, SegmentationModel
 
 BUNDLE_FILE = "bundle.json"
+FOLDS_FILE = "folds.json"
+"""In a folder of several runs that are the folds of one cross-validation: {"members": […], "finished": [of these]}."""
 CHECKPOINT_FOLDER = "checkpoints"
 BUNDLE_FORMAT = 1
 """Raised when `bundle.json` changes in a way that older code would misread."""
@@ -44,7 +46,7 @@ class BundleInfo:
         mirror_axes: axes that training mirrored; others must not be mirrored in prediction.
         modality: "CT", "MR", … of all training cases; None where they differ or their files do not tell.
         structures: class name → the structures of DICOM annotations that mean it; None where labels were files.
-        swap: classes that change places when left and right are mirrored, each pair once.
+        swap: classes or regions that change places when left and right are mirrored, each pair once.
     """
 
     model: Mapping[str, Any]
@@ -59,15 +61,22 @@ class BundleInfo:
     @property
     def mirroring(self) -> Mirroring:
         """What training mirrors, and prediction may."""
-        plan = self.plan
-        return Mirroring.of(self.mirror_axes, self.swap, self.labels.names, plan.orientation, plan.spatial_dims)
+        plan, labels = self.plan, self.labels
+        return Mirroring.of(
+            self.mirror_axes,
+            self.swap,
+            labels.declared,
+            plan.orientation,
+            plan.spatial_dims,
+            membership=labels.membership()[: labels.num_classes] if labels.regions else None,
+        )
 
     def build_model(self) -> SegmentationModel:
         """The network with fresh weights."""
         return MODELS.build(
             self.model,
             in_channels=self.plan.num_channels,
-            num_classes=self.labels.num_classes,
+            num_classes=self.labels.num_outputs,
             spatial_dims=self.plan.spatial_dims,
         )
 

@@ -18,23 +18,22 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from medseg.bundle import BUNDLE_FILE
+from medseg.bundle import BUNDLE_FILE, FOLDS_FILE
 from medseg.data.augment import AugmentConfig
 from medseg.errors import Code, MedsegError, nearest
 from medseg.losses import LOSSES
 from medseg.models import MODELS
 from medseg.registry import Registry, make_config
-from medseg.training.experiment import DataConfig, Experiment, TrainerConfig
+from medseg.training.experiment import CONFIG_FILE, DataConfig, Experiment, TrainerConfig
 from medseg.training.optimizers import OPTIMIZERS
 from medseg.training.schedules import SCHEDULES
 
-CONFIG_FILE = "config.yaml"
-"""The whole configuration of a run, in its folder."""
 OPTIONS_WITH_VALUE = frozenset(
     ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 )
@@ -78,7 +77,7 @@ def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experi
 
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        others = sorted(path.name for path in folder.iterdir() if path.name not in (".hydra", "train.log"))
+        others = sorted(path.name for path in folder.iterdir() if path.name not in (".hydra", f"{config_name}.log"))
         try:
             if others:
                 raise _used_folder(folder, others)
@@ -151,9 +150,9 @@ def _used_folder(folder: Path, others: list[str]) -> MedsegError:
 
 def _remove_unstarted(folder: Path) -> None:
     """Remove what a run wrote that was refused before it had a plan; the folder too if nothing else is in it."""
-    if (folder / BUNDLE_FILE).exists():
+    if (folder / BUNDLE_FILE).exists() or (folder / FOLDS_FILE).exists():
         return
-    for name in ("train.log", CONFIG_FILE, "split.json", "survey.json"):
+    for name in ("train.log", "plan.log", CONFIG_FILE, "split.json", "survey.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
         (folder / ".hydra" / name).unlink(missing_ok=True)
@@ -192,17 +191,14 @@ def experiment_from(config: DictConfig) -> Experiment:
         make_config(part.config, settings, where=group)
     # Absolute paths: a run may go on, and be looked at, from another folder.
     data = experiment.data
-    data = dataclasses.replace(data, root=_absolute(data.root), manifest=_absolute(data.manifest))
-    return dataclasses.replace(experiment, data=data)
+    split = dataclasses.replace(data.split, file=_absolute(data.split.file))
+    data = dataclasses.replace(data, root=_absolute(data.root), manifest=_absolute(data.manifest), split=split)
+    trainer = dataclasses.replace(experiment.trainer, initial=_absolute(experiment.trainer.initial))
+    return dataclasses.replace(experiment, trainer=trainer, data=data, plan=_absolute(experiment.plan))
 
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().absolute())
-
-
-def write_config(experiment: Experiment, run: Path) -> None:
-    """Write the whole configuration of a run into its folder."""
-    OmegaConf.save(OmegaConf.create(_plain(dataclasses.asdict(experiment))), run / CONFIG_FILE)
 
 
 def register_schema() -> None:
@@ -213,7 +209,7 @@ def register_schema() -> None:
             store.store(group=group, name=f"_{name}", node=_defaults(registry.part(name).config))
     for group, cls in PLAIN_GROUPS.items():
         store.store(group=group, name=f"_{group}", node=_defaults(cls))
-    store.store(name="_train", node={"seed": 0, "resume": None})
+    store.store(name="_train", node={"plan": None, "fold": 0, "folds": None, "seed": 0, "resume": None})
 
 
 def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
@@ -226,7 +222,7 @@ def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
         MedsegError: E_RUN if the folder is no run, E_CONFIG for other keys: a run keeps its data and model.
     """
     stored = run / CONFIG_FILE
-    if not stored.is_file() or not (run / BUNDLE_FILE).is_file():
+    if not stored.is_file() or not ((run / BUNDLE_FILE).is_file() or (run / FOLDS_FILE).is_file()):
         raise MedsegError(
             Code.RUN,
             "this folder is not a run that can go on",
@@ -243,9 +239,10 @@ def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
                 remedy="begin a new run for other settings",
             )
     try:
-        config = OmegaConf.merge(OmegaConf.load(stored), OmegaConf.from_dotlist(list(overrides)))
-        config = OmegaConf.merge(config, {"resume": str(run)})
-    except OmegaConfBaseException as error:
+        config = OmegaConf.merge(OmegaConf.load(stored), {"resume": str(run)})
+        for parsed in OverridesParser.create().parse_overrides(list(overrides)):  # YAML would read "off" as false
+            OmegaConf.update(config, parsed.key_or_group, parsed.value())
+    except (HydraException, OmegaConfBaseException) as error:
         raise MedsegError(Code.CONFIG, "the configuration cannot be read", where=stored, got=error) from error
     if not isinstance(config, DictConfig):
         raise MedsegError(Code.CONFIG, "the configuration is not a table", where=stored)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from medseg.config import compose, write_config
+from medseg.config import compose
 from medseg.data.cases import find_inputs, load_image
 from medseg.errors import Code, MedsegError
 from medseg.formats import open_label
+from medseg.inference.ensemble import Ensemble
 from medseg.inference.folder import predict_inputs
-from medseg.inference.predictor import Predictor
 from medseg.phantom import write_phantoms
 from medseg.program import command
 from medseg.reports.evaluation import Evaluation, evaluate_folders
@@ -58,14 +58,12 @@ def run_demo(output: Path, *, minutes: float, seed: int, console: Console | None
     run = output / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
     overrides = [*OVERRIDES, f"data.root='{phantom.train}'", f"trainer.max_minutes={minutes}", f"seed={seed}"]
     experiment = compose("train", overrides)
-    run.mkdir(parents=True)
-    write_config(experiment, run)
     train(experiment, run, console)
 
     console.rule("3 of 4: medseg predict")
     predictions = output / "predictions" / run.name
     series = [phantom.test / case for case in phantom.test_cases]
-    labels = predict_inputs(Predictor.from_run(run), series, predictions, console)
+    labels = predict_inputs(Ensemble.from_run(run), series, predictions, console).files
 
     console.rule("4 of 4: medseg evaluate")
     evaluation = evaluate_folders(predictions, phantom.test_labels)

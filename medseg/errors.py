@@ -66,6 +66,8 @@ class Code(StrEnum):
     """A photometric interpretation that was not asked for (RGB, palette)."""
     DUPLICATE_ID = "E_DUPLICATE_ID"
     """Two cases with the same id."""
+    UNPAIRED = "E_UNPAIRED"
+    """Two evaluations that are not of the same cases, classes or references."""
     LEAK = "E_LEAK"
     """One patient in training and in validation."""
     CONFIG = "E_CONFIG"

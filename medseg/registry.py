@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -128,7 +129,7 @@ def make_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     Raises:
         MedsegError: E_CONFIG for an unknown key (with the nearest) or a value of the wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     built: dict[str, Any] = {}
     for key, value in values.items():
@@ -145,6 +146,16 @@ def make_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
                 error.code, error.message, where=path, expected=error.expected, got=error.got, remedy=meaning
             ) from error
     return cls(**built)
+
+
+def type_hints(cls: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields, looked up once: that takes a tenth of a millisecond a field."""
+    return _type_hints(typing.cast(typing.Hashable, cls))
+
+
+@functools.cache
+def _type_hints(cls: typing.Hashable) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def field_descriptions(cls: type) -> dict[str, str]:

@@ -15,91 +15,21 @@ therefore nnU-Net call.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from scipy import ndimage
 
+from medseg.axis_matrices import BLOCK, axis_blocks
 from medseg.errors import Code, MedsegError
+from medseg.labels import IGNORE_INDEX
 
-ORDERS = (0, 1, 3)
-"""Interpolation orders on offer: nearest neighbour, linear, cubic B-spline."""
-BLOCK = 16
-"""Output voxels of an axis that are made at a time: a few planes, and small enough that little of a matrix is zero."""
-NEGLIGIBLE = 1e-7
-"""Weights below this are left out: less than float32 resolves."""
-SPLINE_MARGIN = 16
-"""Voxels by which an axis is continued before the spline's prefilter: its pole to this power is below 1e-9."""
 MIXED_CHUNK = 1 << 16
 """Voxels between classes that are decided at a time."""
 MIXED = 255
 """Stands for "several classes meet here" in a uint8 map. A class of that number is decided as if it were mixed."""
-
-
-@dataclass(frozen=True)
-class AxisBlock:
-    """`weights` (rows, columns), float32, makes the output voxels `out` of an axis from its input voxels `source`."""
-
-    out: slice
-    source: slice
-    weights: torch.Tensor
-
-
-def _positions(num_in: int, num_out: int) -> np.ndarray:
-    """Where the output voxels' centres lie, in input voxels."""
-    return (np.arange(num_out) + 0.5) * num_in / num_out - 0.5
-
-
-def axis_matrix(num_in: int, num_out: int, order: int) -> np.ndarray:
-    """The (num_out, num_in) float64 matrix that resamples one axis.
-
-    Args:
-        num_in: voxels along the axis before.
-        num_out: voxels along the axis after.
-        order: one of `ORDERS`.
-    Source:
-        Unser, Splines: a perfect fit for signal and image processing, IEEE Signal Processing Magazine 1999, eq. 6
-        (the cubic B-spline); the prefilter is scipy.ndimage's.
-    """
-    positions = _positions(num_in, num_out)
-    rows = np.arange(num_out)
-    matrix = np.zeros((num_out, num_in))
-    if order == 0:
-        matrix[rows, np.floor(positions + 0.5).astype(int).clip(0, num_in - 1)] = 1
-        return matrix
-    low = np.floor(positions).astype(int)
-    part = positions - low
-    if order == 1:
-        for shift, weight in enumerate((1 - part, part)):
-            np.add.at(matrix, (rows, (low + shift).clip(0, num_in - 1)), weight)
-        return matrix
-    continued = np.pad(np.eye(num_in), ((SPLINE_MARGIN, SPLINE_MARGIN), (0, 0)), mode="edge")
-    coefficients = ndimage.spline_filter1d(continued, order=3, axis=0, mode="mirror")
-    for shift in range(-1, 3):
-        distance = np.abs(part - shift)
-        near = 2 / 3 - distance**2 * (2 - distance) / 2
-        weight = np.where(distance < 1, near, (2 - distance).clip(0) ** 3 / 6)
-        matrix += weight[:, None] * coefficients[low + shift + SPLINE_MARGIN]
-    return matrix
-
-
-@lru_cache(maxsize=64)
-def axis_blocks(num_in: int, num_out: int, order: int, device: torch.device) -> tuple[AxisBlock, ...]:
-    """`axis_matrix` on a device without what is zero: `BLOCK` rows at a time and the columns that they need."""
-    matrix = axis_matrix(num_in, num_out, order)
-    blocks = []
-    for begin in range(0, num_out, BLOCK):
-        rows = matrix[begin : begin + BLOCK]
-        used = np.flatnonzero((np.abs(rows) > NEGLIGIBLE).any(axis=0))
-        source = slice(int(used[0]), int(used[-1]) + 1)
-        weights = torch.from_numpy(np.ascontiguousarray(rows[:, source], dtype=np.float32))
-        blocks.append(AxisBlock(slice(begin, begin + len(rows)), source, weights.to(device)))
-    return tuple(blocks)
 
 
 @torch.no_grad()
@@ -128,50 +58,45 @@ def resample(
         limits = channel.aminmax() if clip else None
 
         def fill(where: slice, channel: torch.Tensor = channel, out: torch.Tensor = out, limits: Any = limits) -> None:
-            slab = _slab(channel, shape, orders, where)
+            slab = resampled_planes(channel, shape, orders, where)
             out[where] = slab if limits is None else slab.clamp_(*limits)
 
-        _each_slab(fill, shape[0], array.device)
+        each_slab(fill, slabs_of(shape[0]), array.device)
     return result.reshape(*array.shape[: array.ndim - ndim], *shape)
 
 
-@torch.no_grad()
-def resample_argmax(logits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Argmax over classes of linearly resampled logits: some planes of one class at a time, never a whole volume.
+def running_argmax(scores: Callable[[int], torch.Tensor], num_classes: int) -> torch.Tensor:
+    """Argmax over classes of which one at a time is asked for: uint8, ties to the lower class."""
+    best = scores(0).clone()
+    winner = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
+    for index in range(1, num_classes):
+        candidate = scores(index)
+        winner.masked_fill_(candidate > best, index)
+        torch.maximum(best, candidate, out=best)
+    return winner
 
-    Args:
-        logits: float of any width, shape (num_classes, *old_shape).
-        shape: the new shape.
-    Returns:
-        uint8 class indices, shape (*shape); equal to `resample(logits, shape).argmax(0)`, ties to the lower class.
+
+def slabs_of(num_out: int) -> list[slice]:
+    """The slabs of a first axis of `num_out` planes, `BLOCK` planes each. All go by the same ones, because the rounding
+    of a matrix product can depend on its size."""
+    return [slice(begin, min(begin + BLOCK, num_out)) for begin in range(0, num_out, BLOCK)]
+
+
+def source_planes(num_in: int, num_out: int, order: int, where: slice) -> slice:
+    """Planes of a first axis of `num_in` that a slab of `slabs_of(num_out)` is made of."""
+    if num_in == num_out:
+        return where
+    block = axis_blocks(num_in, num_out, order, torch.device("cpu"))[where.start // BLOCK]
+    return slice(block.source.start, block.source.stop)
+
+
+def each_slab(fill: Callable[[slice], None], slabs: Sequence[slice], device: torch.device) -> None:
+    """Call `fill` for each of some slabs of `slabs_of`.
+
+    On a CPU each thread takes slabs of its own, and torch's threads within one operation are switched off meanwhile: to
+    split every small product among them costs a meeting each, which takes a time slice where something else has the
+    core (measured: up to 100 times slower on a busy machine).
     """
-    old = tuple(logits.shape[1:])
-    if old == tuple(shape):
-        return logits.argmax(0).to(torch.uint8)
-    orders = (1,) * len(shape)
-    result = torch.zeros(shape, dtype=torch.uint8, device=logits.device)
-
-    def fill(where: slice) -> None:
-        winner = result[where]
-        best = _slab(logits[0], shape, orders, where)
-        for index in range(1, logits.shape[0]):
-            candidate = _slab(logits[index], shape, orders, where)
-            winner.masked_fill_(candidate > best, index)
-            torch.maximum(best, candidate, out=best)
-
-    _each_slab(fill, shape[0], logits.device)
-    return result
-
-
-def _each_slab(fill: Callable[[slice], None], num_out: int, device: torch.device) -> None:
-    """Call `fill` for each slab, `BLOCK` planes of a first axis of `num_out`.
-
-    All go by the same slabs, because the rounding of a matrix product can depend on its size. On a CPU each thread
-    takes slabs of its own, and torch's threads within one operation are switched off meanwhile: to split every small
-    product among them costs a meeting each, which takes a time slice where something else has the core (measured: up
-    to 100 times slower on a busy machine).
-    """
-    slabs = [slice(begin, min(begin + BLOCK, num_out)) for begin in range(0, num_out, BLOCK)]
     num_threads = torch.get_num_threads()
     if num_threads == 1 or device.type != "cpu":
         for where in slabs:
@@ -192,17 +117,27 @@ def _each_slab(fill: Callable[[slice], None], num_out: int, device: torch.device
         torch.set_num_threads(num_threads)
 
 
-def _slab(array: torch.Tensor, shape: tuple[int, ...], orders: tuple[int, ...], where: slice) -> torch.Tensor:
-    """Planes `where` of `array` (*old_shape) resampled to `shape`: float32 (planes, *shape[1:])."""
+def resampled_planes(
+    array: torch.Tensor, shape: tuple[int, ...], orders: tuple[int, ...], where: slice
+) -> torch.Tensor:
+    """Planes `where`, a slab of `slabs_of`, of `array` (*old_shape) at `shape`: float32 (planes, *shape[1:])."""
+    planes = array[source_planes(array.shape[0], shape[0], orders[0], where)]
+    return resampled_slab(planes, array.shape[0], shape, orders, where)
+
+
+def resampled_slab(
+    planes: torch.Tensor, num_in: int, shape: tuple[int, ...], orders: tuple[int, ...], where: slice
+) -> torch.Tensor:
+    """`resampled_planes` of an array of `num_in` planes, given only those that `source_planes` names."""
     ndim = len(shape)
-    if array.shape[0] == shape[0]:
-        slab = array[where].float().contiguous()
+    if num_in == shape[0]:
+        slab = planes.float().contiguous()
     else:
-        block = axis_blocks(array.shape[0], shape[0], orders[0], array.device)[where.start // BLOCK]
-        planes = array[block.source].float().reshape(block.weights.shape[1], -1)
-        slab = (block.weights @ planes).reshape(-1, *array.shape[1:])
+        block = axis_blocks(num_in, shape[0], orders[0], planes.device)[where.start // BLOCK]
+        flat = planes.float().reshape(block.weights.shape[1], -1)
+        slab = (block.weights @ flat).reshape(-1, *planes.shape[1:])
     # Shrinking axes first keeps what the next ones have to work on small.
-    for axis in sorted(range(1, ndim), key=lambda a: shape[a] / array.shape[a]):
+    for axis in sorted(range(1, ndim), key=lambda a: shape[a] / planes.shape[a]):
         if slab.shape[axis] != shape[axis]:
             slab = _along(slab, axis, shape[axis], orders[axis])
     return slab
@@ -235,13 +170,16 @@ def resample_labels(labels: torch.Tensor, shape: tuple[int, ...], num_classes: i
     Args:
         labels: uint8, shape (*old_shape), at most 3 axes.
         shape: the new shape.
-        num_classes: indices are 0 … num_classes - 1; ties go to the lower one.
+        num_classes: indices are 0 … num_classes - 1, or `IGNORE_INDEX`, which counts as one class more: what is
+            ignored becomes no class, and no class is ignored. Ties go to the lower index.
     Returns:
         uint8, shape (*shape).
     Raises:
         MedsegError: E_LABEL if there is an index beyond num_classes - 1.
     """
     highest = int(labels.max())
+    if highest == IGNORE_INDEX:
+        highest = int(labels.masked_fill(labels == IGNORE_INDEX, 0).max())
     if highest >= num_classes:
         raise MedsegError(
             Code.LABEL,
@@ -269,7 +207,7 @@ def resample_labels(labels: torch.Tensor, shape: tuple[int, ...], num_classes: i
         result[where] = slab
         _decide_mixed(result[where], labels, axes, where.start)
 
-    _each_slab(fill, shape[0], labels.device)
+    each_slab(fill, slabs_of(shape[0]), labels.device)
     return result
 
 

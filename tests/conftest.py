@@ -47,7 +47,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """A U-Net of a few thousand weights after ten steps on four phantoms: whole, but no good."""
     from rich.console import Console
 
-    from medseg.config import compose, write_config
+    from medseg.config import compose
     from medseg.phantom import write_phantoms
     from medseg.training.train import train
 
@@ -68,7 +68,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     run = folder / "runs" / "2000-01-01_12-00-00_unet"
     run.mkdir(parents=True)
     experiment = compose("train", overrides)
-    write_config(experiment, run)
     with (folder / "console.txt").open("w", encoding="utf-8") as log:
         train(experiment, run, Console(file=log))
     (held_out,) = phantom.test_cases

@@ -17,7 +17,7 @@ from medseg.data.augment import AugmentConfig, Augmenter, Mirroring
 from medseg.data.augment.draws import Draws
 from medseg.data.augment.intensity import blur, curve, make_coarse, stretch, vary
 from medseg.data.augment.spatial import MAX_CUT, resample, rotation_matrix
-from medseg.data.sampling import cut
+from medseg.data.prepared import cut
 from medseg.errors import MedsegError
 
 OFF: dict[str, Any] = {

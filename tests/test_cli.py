@@ -234,7 +234,8 @@ def test_bad_data_are_refused_before_training(tmp_path: Path, capsys, kind: str,
     message = refused(capsys, "train", f"data.root={bad_data(tmp_path, kind)}")
     assert message.startswith(code)
     assert all(word in message for word in words), message
-    assert not list(Path("runs").glob("*")), "a run that never began leaves no folder"
+    left = {path.name for path in Path("runs").glob("*")}
+    assert left <= {"prepared"}, "a run that never began leaves no folder"  # only what was read of the good cases
 
 
 def test_options_may_stand_anywhere_and_a_bare_path_is_understood(tmp_path: Path, capsys) -> None:
@@ -276,7 +277,8 @@ def test_evaluate_refuses(tmp_path: Path, capsys) -> None:
 
 def test_help_of_every_verb_teaches(capsys) -> None:
     for verb, words in {
-        "train": ["data.root=FOLDER", "resume=RUN", "Groups", "max_minutes"],
+        "train": ["data.root=FOLDER", "resume=RUN", "Groups", "max_minutes", "preset=nnunet", "plan=PLAN"],
+        "plan": ["data.root=FOLDER", "preset=nnunet", "plan=MY_PLAN", "data.plan.memory_gb=24", "Groups"],
         "predict": ["DICOM series", "--preview", "medseg predict RUN folder_of_scans", "--format nifti,dicom-seg"],
         "evaluate": ["missed structure", "--tolerance"],
         "demo": ["phantom", "--minutes"],
@@ -295,7 +297,7 @@ def test_help_of_every_verb_teaches(capsys) -> None:
     "line, expected",
     [
         ("medseg tr", {"train"}),
-        ("medseg ", {"inspect", "convert", "train", "predict", "evaluate", "demo"}),
+        ("medseg ", {"inspect", "convert", "plan", "train", "select", "predict", "evaluate", "compare", "demo"}),
         ("medseg train model=fus", {"model=fusionnet", "model=fusionnet_narrow"}),
         ("medseg train trainer.max_m", {"trainer.max_minutes="}),
     ],

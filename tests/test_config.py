@@ -17,9 +17,9 @@ from medseg.config import (
     configs_folder,
     group_options,
     resumed,
-    write_config,
 )
 from medseg.errors import MedsegError
+from medseg.training.experiment import write_config
 
 OPTIONS = [(p.parent.name, p.stem) for p in sorted(configs_folder().glob("*/*.yaml"))]
 
@@ -87,7 +87,10 @@ def test_overrides_reach_their_places() -> None:
         ("model=unett", "E_CONFIG", "did you mean 'unet'"),
         ("model.dropot=0.1", "E_CONFIG", "did you mean 'model.dropout'"),
         ("trainer.max_minuts=3", "E_CONFIG", "'trainer.max_minutes'"),
-        ("data.split.folds=2", "E_CONFIG", "'data.split.fold'"),
+        ("data.split.num_fold=2", "E_CONFIG", "'data.split.num_folds'"),
+        ("flod=2", "E_CONFIG", "'fold'"),
+        ("folds=2", "E_CONFIG", "all, or a list"),
+        ("folds=[0,7]", "E_CONFIG", "0 to 4"),
         ("model.skip=cat", "E_CONFIG", "concat | add"),
         ("model.name=unot", "E_NAME", "did you mean 'unet'"),
         ("optimizer.lr=fast", "E_CONFIG", "expected: float"),
@@ -118,8 +121,9 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path) -> None:
     with pytest.raises(MedsegError, match="E_RUN"):
         resumed(tmp_path, [])
     (tmp_path / "bundle.json").write_text("{}")
-    experiment = resumed(tmp_path, ["trainer.max_steps=9"])
+    experiment = resumed(tmp_path, ["trainer.max_steps=9", "trainer.compile=off"])
     assert (experiment.model["skip"], experiment.seed, experiment.trainer.max_steps) == ("add", 3, 9)
+    assert experiment.trainer.compile == "off"  # and not YAML's false
     assert experiment.resume == str(tmp_path)
     assert experiment.data.root == str(Path.cwd() / "relative")  # a run goes on from any folder
     for override in ("model.skip=concat", "data.root=x", "--multirun"):

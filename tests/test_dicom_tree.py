@@ -25,10 +25,11 @@ from medseg.bundle import BundleInfo
 from medseg.cli import main
 from medseg.config import compose
 from medseg.data.cases import DataFolder, find_cases, find_inputs, load_image, load_label
+from medseg.data.facts import Survey
 from medseg.data.splits import SplitConfig, make_split
 from medseg.data.structure_table import override
 from medseg.data.summary import summary_lines
-from medseg.data.survey import Survey, survey
+from medseg.data.survey import survey
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, open_label
 from medseg.training.beginning import begin, go_on

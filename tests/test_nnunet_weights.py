@@ -169,7 +169,7 @@ def test_the_run_says_what_the_model_is(tmp_path: Path) -> None:
     said = convert_quietly(write(golden, tmp_path / "nnunet"), tmp_path / "run", orientation="las")
     info = BundleInfo.read(tmp_path / "run")
     assert (info.plan.orientation, info.plan.spacing_mm) == ("LSA", (2.5, 1.0, 0.9))  # (k, j, i) = SAL, then [2, 0, 1]
-    assert info.plan.normalisation == "ct" and info.plan.intensity == ((-190.0, 215.0, 20.0, 70.0),)
+    assert info.plan.normalisation == ("ct",) and info.plan.intensity == ((-190.0, 215.0, 20.0, 70.0),)
     assert info.plan.patch_size == (8, 16, 16)
     assert info.labels.to_json() == {"background": 0, "liver": 1, "tumour": 2}
     assert (info.channels, info.modality, info.mirror_axes) == (("CT",), "CT", (0, 1))
@@ -179,6 +179,34 @@ def test_the_run_says_what_the_model_is(tmp_path: Path) -> None:
     said = convert_quietly(write(golden, tmp_path / "other", trainer_name="MyTrainer"), tmp_path / "run2")
     assert BundleInfo.read(tmp_path / "run2").plan.orientation == "RSA"
     assert "taken to be RAS" in said and "--orientation" in said and "MyTrainer" in said
+
+
+def test_a_model_of_regions(tmp_path: Path) -> None:
+    """The same logits, and labels as nnU-Net's LabelManager paints them: in its order, one region over the other."""
+    golden = read("plain_3d")
+    golden.dataset["labels"] = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+    golden.dataset["regions_class_order"] = [1, 2, 3]
+    assert "3 regions" in convert_quietly(write(golden, tmp_path / "nnunet"), tmp_path / "run")
+    bundle = load_bundle(tmp_path / "run")
+    assert bundle.info.labels.foreground == ("whole", "core", "enhancing") and bundle.info.labels.ignore == (4,)
+    with torch.no_grad():
+        logits = bundle.model(golden.tensors["patch"])
+    torch.testing.assert_close(logits, golden.tensors["scores.0"], rtol=0, atol=1e-4)
+    logits = logits[0] - logits[0].mean((1, 2, 3), keepdim=True)  # so that each region is found somewhere
+    expected = torch.zeros(logits.shape[1:], dtype=torch.long)
+    for region, value in enumerate(golden.dataset["regions_class_order"]):
+        expected[logits[region].sigmoid() > 0.5] = value
+    decoded = bundle.info.labels.to_values(bundle.info.labels.decode(logits).numpy())
+    assert expected.unique().tolist() == [1, 2, 3] and np.array_equal(decoded, expected.numpy())
+
+
+def test_each_channel_keeps_its_normalisation(tmp_path: Path) -> None:
+    golden = read("residual_3d")
+    change("configuration.normalization_schemes", ["ZScoreNormalization", "NoNormalization"])(golden)
+    change("configuration.use_mask_for_norm", [True, False])(golden)
+    convert_quietly(write(golden, tmp_path / "nnunet"), tmp_path / "run")
+    plan = BundleInfo.read(tmp_path / "run").plan
+    assert plan.normalisation == ("z-score", "none") and plan.mask_normalisation and plan.crop
 
 
 def test_plans_before_nnunet_2_4(tmp_path: Path) -> None:
@@ -219,7 +247,7 @@ def change(path: str, value: Any) -> Callable[[Golden], None]:
     ("name", "changed", "code", "message"),
     [
         ("plain_3d", change("configuration.previous_stage", "3d_lowres"), Code.MODEL, "cascade"),
-        ("plain_3d", change("dataset.labels.liver", [1, 2]), Code.MODEL, "regions"),
+        ("plain_3d", change("dataset.labels.liver", [1, 2]), Code.CHECKPOINT, "regions_class_order"),
         ("plain_3d", change("dataset.labels.liver", 7), Code.LABEL, "0, 1, 2"),
         ("plain_3d", change("configuration.architecture.network_class_name", "a.b.Primus"), Code.MODEL, "Primus"),
         (
@@ -245,13 +273,7 @@ def change(path: str, value: Any) -> Callable[[Golden], None]:
             "another shape",
         ),
         ("residual_3d", change("configuration.architecture.arch_kwargs.block", "BottleneckD"), Code.MODEL, "block"),
-        ("residual_3d", change("configuration.normalization_schemes", ["NoNormalization"] * 2), Code.MODEL, "NoNorm"),
-        (
-            "residual_3d",
-            change("configuration.normalization_schemes", ["ZScoreNormalization", "CTNormalization"]),
-            Code.MODEL,
-            "different ways",
-        ),
+        ("residual_3d", change("configuration.normalization_schemes", ["MyNorm"] * 2), Code.MODEL, "MyNorm"),
         ("residual_3d", change("configuration.use_mask_for_norm", [True, False]), Code.MODEL, "use_mask_for_norm"),
         ("residual_3d", change("configuration.preprocessor_name", "Mine"), Code.MODEL, "Mine"),
         ("residual_3d", change("plans.image_reader_writer", "Tiff3DIO"), Code.MODEL, "Tiff3DIO"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,9 @@ from pydicom.datadict import dictionary_VR
 
 from medseg.bundle import BUNDLE_FILE, BundleInfo
 from medseg.cli import main
+from medseg.formats.nifti_names import names_extension
+from medseg.inference.case_statistics import STATISTICS_FILE
+from medseg.inference.manifest import MANIFEST_FILE
 
 CANARY = "zqCanaryXj"
 DATE = "19010203"
@@ -110,14 +113,17 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     folder = tmp_path_factory.mktemp("privacy")
     root = folder / f"{CANARY} clinic" / "export"
     write_tree(root)
-    run, out, metrics = folder / "run", folder / "out", folder / "metrics"
+    run, out, metrics, some = (folder / name for name in ("run", "out", "metrics", "some"))
     said = io.StringIO()
     with chdir(folder), redirect_stdout(said), redirect_stderr(said):
         main(["train", f'data.root="{root}"', f'hydra.run.dir="{run}"', *SETTINGS])
         main(["train", f"resume={run}", "trainer.max_steps=6"])
         main(["predict", str(run), str(root / f"{CANARY} 0"), str(root / f"{CANARY} 1"), "-o", str(out), "--preview"])
         main(["evaluate", str(run / "validation"), str(run / "validation"), "-o", str(metrics)])
-    return Traces(run, (out, metrics), said.getvalue())
+        with suppress(SystemExit):
+            bad_too = [str(root / f"{CANARY} {number}") for number in (2, 4)]
+            main(["predict", str(run), *bad_too, "-o", str(some), "--on-bad-case", "skip", "--statistics"])
+    return Traces(run, (out, metrics, some), said.getvalue())
 
 
 def content(path: Path) -> bytes:
@@ -132,8 +138,9 @@ def content(path: Path) -> bytes:
 
 
 def test_the_run_went_through(traces: Traces) -> None:
-    out, metrics = traces.others
+    out, metrics, some = traces.others
     assert (traces.run / BUNDLE_FILE).is_file()
+    assert '"code": "E_GAP"' in (some / MANIFEST_FILE).read_text() and (some / STATISTICS_FILE).is_file()
     assert (metrics / "metrics.json").is_file()
     assert len(list(out.glob("*.nii.gz"))) == 2
     info = BundleInfo.read(traces.run)
@@ -172,4 +179,4 @@ def test_nifti_headers_say_nothing(traces: Traces) -> None:
     for path in traces.others[0].glob("*.nii.gz"):
         header = nib.load(path).header
         assert bytes(header["descrip"]).strip(b"\0") in (b"", b"medseg")
-        assert not header.extensions
+        assert {e.content for e in header.extensions} == {names_extension({1: "tumour", 2: "cord"})}

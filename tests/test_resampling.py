@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from medseg.axis_matrices import BLOCK
 from medseg.errors import MedsegError
-from medseg.resampling import BLOCK, resample, resample_argmax, resample_labels
+from medseg.resampling import resample, resample_labels
 from medseg.volume import Grid
 
 SHAPES = [
@@ -164,22 +165,12 @@ def test_an_undeclared_class_is_refused() -> None:
     assert caught.value.code == "E_LABEL"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_streamed_argmax_equals_the_full_one(dtype: torch.dtype) -> None:
-    logits = torch.randn((5, 26, 17, 21), generator=torch.Generator().manual_seed(1)).to(dtype)
-    for shape in ((51, 33, 42), (20, 17, 40), (26, 9, 60)):
-        full = resample(logits, shape, order=1).argmax(0)
-        assert torch.equal(resample_argmax(logits, shape).long(), full)
-    assert torch.equal(resample_argmax(logits, (26, 17, 21)).long(), logits.argmax(0))
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="getrusage")
 @pytest.mark.parametrize(
     ("array", "call", "most_mib"),
     [
         ("torch.ones((240, 240, 240), dtype=torch.int16)", "resample(array, (300, 300, 300), order=3)", 103 + 64),
         ("torch.eye(240, dtype=torch.uint8).repeat(240, 1, 1)", "resample_labels(array, (300, 300, 300), 2)", 26 + 100),
-        ("torch.ones((30, 100, 100, 100), dtype=torch.float16)", "resample_argmax(array, (256, 256, 256))", 16 + 100),
     ],
 )
 def test_memory_beside_input_and_result_is_a_few_slabs(array: str, call: str, most_mib: int) -> None:
@@ -187,7 +178,7 @@ def test_memory_beside_input_and_result_is_a_few_slabs(array: str, call: str, mo
     and its first axes 69 and 86, each class of the others' results 103 and 64 and several of them at a time."""
     program = f"""
 import resource, sys, torch
-from medseg.resampling import resample, resample_argmax, resample_labels
+from medseg.resampling import resample, resample_labels
 torch.set_num_threads(2)
 resample(torch.ones(20, 20, 20), (33, 33, 33), order=3)
 array = {array}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from medseg.data.preprocess import PreparedCase
-from medseg.data.sampling import PatchSampler, cut
+from medseg.data.prepared import PreparedCase, cut
+from medseg.data.sampling import PatchSampler
 from medseg.volume import Grid
 
 

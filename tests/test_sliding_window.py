@@ -12,8 +12,10 @@ from medseg.data.augment import Mirroring
 from medseg.errors import MedsegError
 from medseg.inference.sliding_window import (
     WindowConfig,
+    first_alike,
     gaussian_weight,
     sliding_window_logits,
+    sliding_window_planes,
     tile_starts,
 )
 from medseg.models import MODELS, SegmentationModel
@@ -129,3 +131,96 @@ def test_agrees_with_monai(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_step() -> None:
     with pytest.raises(MedsegError, match="0 < step <= 1"):
         WindowConfig(step=0)
+
+
+def tiny_unet(dims: int = 3, channels: int = 1, num_classes: int = 3) -> SegmentationModel:
+    torch.manual_seed(0)
+    settings = {"name": "unet", "widths": [4, 8]}
+    return MODELS.build(settings, in_channels=channels, num_classes=num_classes, spatial_dims=dims).eval()
+
+
+def by_hand(
+    model: SegmentationModel, image: torch.Tensor, patch: tuple[int, ...], mirroring: Mirroring
+) -> torch.Tensor:
+    """All tiles and passes one by one into whole sums."""
+    weight = gaussian_weight(patch)
+    total, weights = torch.zeros(3, *image.shape[1:]), torch.zeros(image.shape[1:])
+    for start in tile_starts(image.shape[1:], patch, 0.5):
+        box = tuple(slice(s, s + p) for s, p in zip(start, patch, strict=True))
+        tile = image[(slice(None), *box)][None]
+        passes = [()] + [c for n in (1, 2, 3) for c in itertools.combinations(mirroring.axes, n)]
+        logits = sum(model(tile.flip([a + 2 for a in c])).flip([a + 2 for a in c])[0] for c in passes) / len(passes)
+        total[(slice(None), *box)] += logits * weight
+        weights[box] += weight
+    return total / weights
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 16])
+@pytest.mark.parametrize("shape", [(37, 20, 18), (8, 19, 16), (16, 16, 16)])
+def test_tiles_and_mirrored_passes_in_one_batch(batch_size: int | None, shape: tuple[int, ...]) -> None:
+    model, mirroring = tiny_unet(), Mirroring((0, 2))
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    got = sliding_window_logits(model, image, (8, 16, 16), 3, WindowConfig(mirroring=mirroring, batch_size=batch_size))
+    torch.testing.assert_close(got, by_hand(model, image, (8, 16, 16), mirroring), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("margin", [0, 3])
+@pytest.mark.parametrize("shape", [(70, 31, 20), (9, 40, 20), (17, 16, 3)])
+@pytest.mark.parametrize("step", [0.3, 0.5, 1.0])
+def test_planes_come_in_order_and_once(shape: tuple[int, ...], margin: int, step: float) -> None:
+    image = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    patch = (16,) * 3
+    arguments = (Pointwise(margin), image, patch, 2, WindowConfig(step=step))
+    whole = sliding_window_logits(*arguments)
+    done, pieces = 0, 0
+    for first, planes in sliding_window_planes(*arguments):
+        assert first == done and planes.shape[2:] == shape[1:]
+        assert torch.equal(planes, whole[:, first : first + planes.shape[1]])
+        done, pieces = done + planes.shape[1], pieces + 1
+        assert planes.shape[1] <= 16  # a tile's depth, never the whole
+    assert done == shape[0] and (pieces > 1) == (shape[0] > 16 - 2 * margin)
+
+
+def test_sums_of_half_precision() -> None:
+    model = tiny_unet()
+    image = torch.randn(1, 30, 28, 26, generator=torch.Generator().manual_seed(0))
+    full = sliding_window_logits(model, image, (8, 16, 16), 3, WindowConfig())
+    half = sliding_window_logits(model, image, (8, 16, 16), 3, WindowConfig(), torch.float16)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), full, atol=5e-3, rtol=5e-3)
+    assert (half.argmax(0) == full.argmax(0)).float().mean() > 0.995
+
+
+class Counting(Pointwise):
+    """Scores that depend on the whole tile and on the place in it: what is reused must fit to the place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(x.shape))
+        ramp = torch.arange(x.shape[-1], dtype=x.dtype) * self.scale
+        return torch.cat([x + ramp, x.mean(dim=(2, 3, 4), keepdim=True) - ramp + 0 * x], 1)
+
+
+@pytest.mark.parametrize("mirroring", [Mirroring(), Mirroring((0, 2))])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_tiles_of_one_value_are_computed_once_and_nothing_changes(mirroring: Mirroring, batch_size: int) -> None:
+    image = torch.full((1, 40, 40, 64), -1.5)
+    image[:, 12:20, 14:22, 40:50] = torch.randn(8, 8, 10, generator=torch.Generator().manual_seed(0))
+    image[:, 24:] = 0.25  # another value: not the same tile
+    logits, passes = [], []
+    for skip in (False, True):
+        model = Counting()
+        config = WindowConfig(mirroring=mirroring, batch_size=batch_size, skip=skip)
+        logits.append(sliding_window_logits(model, image, (8, 8, 16), 2, config))
+        passes.append(sum(shape[0] for shape in model.shapes))
+    assert torch.equal(*logits)
+    assert passes[1] < passes[0] / 3
+
+
+def test_tiles_of_one_value_in_one_channel_only_are_different() -> None:
+    padded = torch.zeros(2, 16, 64)
+    padded[1, :, 32:] = torch.randn(16, 32)
+    starts = [(0, 0), (0, 16), (0, 32), (0, 0)]
+    assert first_alike(padded, starts, (16, 16)) == [0, 0, 2, 0]
+    padded[1, 3, 3] = 1e-7  # one voxel of the first and the last, between those that are looked at first
+    assert first_alike(padded, starts, (16, 16)) == [0, 1, 2, 3]

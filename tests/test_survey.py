@@ -12,8 +12,9 @@ from PIL import Image
 
 from medseg.data import survey as module
 from medseg.data.cases import find_cases
+from medseg.data.facts import Survey
 from medseg.data.summary import summary_lines
-from medseg.data.survey import Survey, survey
+from medseg.data.survey import survey
 from medseg.errors import Code, MedsegError
 from medseg.labels import Labels
 
@@ -140,12 +141,16 @@ def test_declared_names_win_over_the_data_set_and_these_over_values(tmp_path: Pa
     assert found.cases[0].label_voxels == (118, 2)
 
 
-@pytest.mark.parametrize("labels", [{"background": 0, "a": [1, 2], "b": 2}, {"background": 0, "a": 1, "ignore": 2}])
-def test_regions_and_ignored_voxels_are_refused_unless_declared_anew(tmp_path: Path, labels: dict[str, Any]) -> None:
-    volume(tmp_path, "a", *scan(1, 2))
-    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1"}, "labels": labels}))
-    assert "data.labels" in str(refused(Code.LABEL, tmp_path).remedy)
-    assert look(tmp_path, {"a": 1, "b": 2}).labels.foreground == ("a", "b")
+def test_regions_and_ignored_voxels_of_a_dataset_json(tmp_path: Path) -> None:
+    volume(tmp_path, "a", *scan(1, 2, 2, 3))
+    labels = {"background": 0, "a": [1, 2], "b": 2, "ignore": 3}
+    table = {"channel_names": {"0": "T1"}, "labels": labels, "regions_class_order": [1, 2]}
+    (tmp_path / "dataset.json").write_text(json.dumps(table))
+    found = look(tmp_path)
+    assert found.labels.foreground == ("a", "b") and found.labels_from == "dataset"
+    assert found.cases[0].label_voxels[1:] == (1, 2) and found.cases[0].ignored_voxels == 1
+    assert found.cases[0].intensity[0].num_foreground == 3
+    assert look(tmp_path, {"a": 1, "b": [2, 3]}).labels.regions == ()
 
 
 def test_a_map_of_objects_asks_for_rest(tmp_path: Path) -> None:

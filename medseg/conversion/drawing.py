@@ -16,7 +16,7 @@ from medseg.formats.dicom.export import ENDINGS, IDENTIFIERS_REMARK, Form, write
 from medseg.formats.dicom.structures import Algorithm
 from medseg.formats.label_table import labels_for
 from medseg.formats.remarks import gathered_warnings
-from medseg.labels import Labels, integer_values
+from medseg.labels import IGNORE_INDEX, Labels, integer_values
 from medseg.volume import Volume
 
 MANUAL = Algorithm("manual", __version__, automatic=False)
@@ -52,14 +52,15 @@ def draw(source: Path, target: Path, console: Console, options: Options, form: F
         check_targets([target], [source, *files], overwrite=options.overwrite)
         label = _onto_series(label, source, image, options)
         make_folder(target.parent)
-        write_annotation(target, form, label, labels.foreground, files, MANUAL)
+        write_annotation(target, form, label, labels.names[1:], files, MANUAL)
     console.print(f"note: {IDENTIFIERS_REMARK}", style="yellow", highlight=False, soft_wrap=True)
-    say_written(console, target, label, warnings, ", ".join(labels.foreground))
+    say_written(console, target, label, warnings, ", ".join(labels.names[1:]))
     return [target]
 
 
 def _read_label(source: Path, options: Options) -> tuple[Volume, Labels]:
-    """Class indices and the classes: of --labels, of a table beside the file, else one for each value."""
+    """Class indices and the classes: of --labels, of a table beside the file, else one for each value. Voxels that the
+    table ignores are not drawn."""
     label = open_label(source, options.reading)
     values = integer_values(label.array, where=source.name)
     labels = Labels.from_text(options.labels) if options.labels is not None else labels_for(source)
@@ -75,7 +76,7 @@ def _read_label(source: Path, options: Options) -> tuple[Volume, Labels]:
                 got="nothing but 0",
                 remedy='check that it is the right file; or name what it would hold: --labels "{liver: 1}"',
             )
-        if found[0] < 0 or len(found) > np.iinfo(np.uint8).max:
+        if found[0] < 0 or len(found) >= IGNORE_INDEX:
             raise MedsegError(
                 Code.LABEL,
                 "this looks like a scan, not a label map",
@@ -87,6 +88,7 @@ def _read_label(source: Path, options: Options) -> tuple[Volume, Labels]:
         labels = Labels.from_mapping({f"structure_{value}": value for value in found})
     try:
         indices = labels.to_index(values, where=source.name)
+        indices[indices == IGNORE_INDEX] = 0
     except MedsegError as error:
         raise MedsegError(
             error.code, error.message, where=source.name, expected=error.expected, got=error.got,

@@ -3,8 +3,6 @@
 nnU-Net never turns an image: its networks see the array of a file from the last axis to the first (k, j, i), then
 transposed as plans.json says. Which anatomical directions these axes had is written nowhere. `--orientation` states
 that of the training files; the plan of the run then asks for the same, and scans of any orientation are turned to it.
-
-What is not the same as in nnU-Net: it cuts off borders of zeros before it normalises, medseg does not.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,9 @@ from torch import Tensor
 
 from medseg.bundle import BUNDLE_FILE, MODEL_PREFIX, BundleInfo, checkpoint_path, write_checkpoint
 from medseg.conversion.nnunet_network import network_of, our_weights, refused
-from medseg.conversion.nnunet_plan import CROP_NOTE, DATASET_FILE, PLANS_FILE, channels_of, labels_of, plan_of
+from medseg.conversion.nnunet_plan import DATASET_FILE, PLANS_FILE, channels_of, labels_of, plan_of
 from medseg.conversion.options import check_targets, is_file_name, make_folder
+from medseg.data.plan.memory import GIB, step_cost
 from medseg.errors import Code, MedsegError
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
@@ -226,9 +225,25 @@ def _bundle(training: Training, orientation: str | None) -> tuple[BundleInfo, di
     labels = labels_of(training.dataset)
     channels = channels_of(training.dataset)
     network = network_of(configuration, where=PLANS_FILE)
-    model = network.build(in_channels=len(channels), num_classes=labels.num_classes)
+    model = network.build(in_channels=len(channels), num_classes=labels.num_outputs)
     weights = our_weights(training.checkpoint["network_weights"], network, model.state_dict(), where=training.path.name)
-    plan = plan_of(training.plans, configuration, network, num_channels=len(channels), orientation=orientation)
+    plan = plan_of(
+        training.plans,
+        configuration,
+        network,
+        name=training.configuration_name,
+        num_channels=len(channels),
+        orientation=orientation,
+    )
+    cost = step_cost(
+        network.settings, in_channels=len(channels), num_outputs=labels.num_outputs, patch_size=plan.patch_size
+    )
+    memory = cost.bytes_of(plan.batch_size, device="cuda", precision="fp16") / GIB
+    plan = replace(
+        plan,
+        memory_gb=round(memory, 2),
+        reasons={**plan.reasons, "memory_gb": "estimated for a training step of medseg in fp16 on a GPU"},
+    )
     mirrored = tuple(int(axis) for axis in training.checkpoint.get("inference_allowed_mirroring_axes") or ())
     if not set(mirrored) <= set(range(plan.spatial_dims)):
         raise ValueError(f"mirrored axes {mirrored}")
@@ -251,15 +266,13 @@ def _provenance(training: Training) -> dict[str, Any]:
 
 def _say(console: Console, info: BundleInfo, training: Training, target: Path) -> None:
     """What was written, and what is to be known of it."""
-    source = _provenance(training)
+    source, labels = _provenance(training), info.labels
+    what = f"{len(labels.regions)} regions" if labels.regions else f"{labels.num_classes} classes"
     console.print(
-        f"{target}  {info.model['name']} of {source['dataset']} {source['configuration']} {source['fold']}, "
-        f"{info.labels.num_classes} classes",
+        f"{target}  {info.model['name']} of {source['dataset']} {source['configuration']} {source['fold']}, {what}",
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
     notes = [info.plan.reasons["orientation"]] if info.plan.orientation else []
-    if info.plan.normalisation == "z-score":
-        notes.append(CROP_NOTE)
     if source["trainer"] != DEFAULT_TRAINER:
         notes.append(f"trained by {source['trainer']}, whose network is taken to be the one in {PLANS_FILE}")
     for note in notes:

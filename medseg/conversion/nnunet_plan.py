@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from medseg.conversion.nnunet_network import Network, refused
-from medseg.data.plan import Normalisation, Plan
+from medseg.data.plan import Normalisation, Plan, Preset
 from medseg.errors import Code, MedsegError
-from medseg.labels import Labels
+from medseg.labels import IGNORE, ORDER_KEY, Labels
 from medseg.models.blocks.dimensions import per_axis
 
 PLANS_FILE, DATASET_FILE = "plans.json", "dataset.json"
@@ -21,31 +22,39 @@ FREE_READERS = ("SimpleITKIO", "NibabelIO")
 PICTURE_READER = "NaturalImage2DIO"
 AXIS_LETTERS = ("LR", "AP", "IS")
 Z_SCORE, CT, RGB = "ZScoreNormalization", "CTNormalization", "RGBTo01Normalization"
-NORMALISATIONS: dict[str, Normalisation] = {Z_SCORE: "z-score", CT: "ct", RGB: "ct"}
+NORMALISATIONS: dict[str, Normalisation] = {
+    Z_SCORE: "z-score", CT: "ct", RGB: "ct", "RescaleTo01Normalization": "rescale", "NoNormalization": "none",
+}  # fmt: skip
+PRESETS: dict[str, Preset] = {
+    "ResEncUNetMPlans": "resenc_m", "ResEncUNetLPlans": "resenc_l", "ResEncUNetXLPlans": "resenc_xl",
+}  # fmt: skip
+"""Ours by what the names of its plans hold; all others count as nnU-Net's own."""
 RGB_INTENSITY = (0.0, 255.0, 0.0, 255.0)
 """Low and high clip, mean and deviation that map 0–255 to 0–1."""
 ANY_INTENSITY = (0.0, 1.0, 0.0, 1.0)
 """Stands where the z-score of each image needs none."""
-CROP_NOTE = "nnU-Net cuts off borders of zeros before it normalises, medseg does not: cut scans that have wide ones"
 
 
 def labels_of(dataset: Mapping[str, Any]) -> Labels:
-    """The classes, without the label that training ignored.
+    """The classes, or the regions where one of them has several values, in the order of the network's outputs.
 
     Raises:
-        MedsegError: E_MODEL for regions; E_LABEL for values that are not 0, 1, 2, …
+        MedsegError: E_LABEL for values that are not 0, 1, 2, …, and what `Labels` refuses.
     """
-    table: dict[str, int] = {}
-    for name, value in dataset["labels"].items():
-        if isinstance(value, (list, tuple)) and len(value) != 1:
-            raise refused("models of regions (classes that overlap)", DATASET_FILE, got=f"{name}: {value}")
-        if name != "ignore":
-            table[str(name)] = int(value[0] if isinstance(value, (list, tuple)) else value)
-    if sorted(table.values()) != list(range(len(table))):
+    table = {
+        str(name): [int(v) for v in value] if isinstance(value, list) else [int(value)]
+        for name, value in dataset["labels"].items()
+    }
+    classes = {name: values for name, values in table.items() if name != IGNORE}
+    has_regions = any(len(values) > 1 for values in classes.values())
+    found = sorted(v for values in classes.values() for v in (set(values) if has_regions else values))
+    if (sorted(set(found)) if has_regions else found) != list(range(len(set(found)))):
         raise MedsegError(
             Code.LABEL, "label values must be 0, 1, 2, …", where=DATASET_FILE, expected="no gaps", got=table
         )
-    return Labels.from_mapping(dict(sorted(table.items(), key=lambda item: item[1])))
+    if has_regions:
+        return Labels.from_mapping({**table, ORDER_KEY: dataset[ORDER_KEY]})
+    return Labels.from_mapping(dict(sorted(table.items(), key=lambda item: (item[0] == IGNORE, item[1]))))
 
 
 def channels_of(dataset: Mapping[str, Any]) -> tuple[str, ...]:
@@ -59,6 +68,7 @@ def plan_of(
     configuration: Mapping[str, Any],
     network: Network,
     *,
+    name: str,
     num_channels: int,
     orientation: str | None,
 ) -> Plan:
@@ -68,6 +78,7 @@ def plan_of(
         plans: plans.json.
         configuration: of it, with what it inherits.
         network: as it was read from the configuration.
+        name: of the configuration (3d_fullres, …).
         num_channels: of an image.
         orientation: of the training files (axes i, j, k); None is `DEFAULT_ORIENTATION`.
     Raises:
@@ -86,29 +97,31 @@ def plan_of(
         axes, why = _picture_axes(reader, spacing, orientation)
     else:
         axes, why = _volume_axes(reader, [int(axis) for axis in plans["transpose_forward"]], orientation)
-    normalisation, intensity = _normalisation(plans, configuration, num_channels)
+    normalisation, masked, intensity = _normalisation(plans, configuration, num_channels)
     ours = "nnU-Net's plans.json"
-    reasons = dict.fromkeys(("spacing_mm", "patch_size", "batch_size", "widths", "kernels", "strides"), ours)
-    reasons |= {
-        "orientation": why,
-        "normalisation": f"{ours}; {CROP_NOTE}" if normalisation == "z-score" else ours,
-    }
+    reasons = {**dict.fromkeys((field.name for field in fields(Plan) if field.name != "reasons"), ours)}
+    reasons |= {"orientation": why, "crop": "nnU-Net always cuts off borders of zeros"}
     kernels, strides = (
         tuple(per_axis(value, dims, where=f"model.{name}") for value in network.settings[name])
         for name in ("kernels", "strides")
     )
     return Plan(
+        preset=next((ours for theirs, ours in PRESETS.items() if theirs in str(plans.get("plans_name"))), "nnunet"),
+        configuration="lowres" if name == "3d_lowres" else "fullres",
         spatial_dims=dims,
         num_channels=num_channels,
         orientation=axes,
         spacing_mm=spacing,
+        crop=True,
         normalisation=normalisation,
+        mask_normalisation=masked,
         intensity=intensity,
         patch_size=patch,
         batch_size=int(configuration["batch_size"]),
         widths=tuple(network.settings["widths"]),
         kernels=kernels,
         strides=strides,
+        memory_gb=0.0,
         reasons=reasons,
     )
 
@@ -173,20 +186,18 @@ def _volume_axes(reader: str, order: list[int], orientation: str | None) -> tupl
 
 def _normalisation(
     plans: Mapping[str, Any], configuration: Mapping[str, Any], num_channels: int
-) -> tuple[Normalisation, tuple[tuple[float, float, float, float], ...]]:
-    """How intensities are normalised, and the numbers for each channel."""
+) -> tuple[tuple[Normalisation, ...], bool, tuple[tuple[float, float, float, float], ...]]:
+    """How each channel is normalised, whether inside the nonzero voxels only, and the numbers for each channel."""
     schemes = [str(scheme) for scheme in configuration["normalization_schemes"]]
     if len(schemes) != num_channels:
         raise ValueError(f"{len(schemes)} normalisations for {num_channels} channels")
     unknown = [scheme for scheme in schemes if scheme not in NORMALISATIONS]
     if unknown:
         raise refused(f"models with {unknown[0]}", PLANS_FILE, expected=" | ".join(NORMALISATIONS))
-    kinds = {NORMALISATIONS[scheme] for scheme in schemes}
-    if len(kinds) > 1:
-        raise refused("models whose channels are normalised in different ways", PLANS_FILE, got=", ".join(schemes))
-    masked = configuration.get("use_mask_for_norm") or [False] * num_channels
-    if any(mask for mask, scheme in zip(masked, schemes, strict=True) if scheme == Z_SCORE):
-        raise refused("models that are normalised inside the nonzero voxels only (use_mask_for_norm)", PLANS_FILE)
+    use_mask = configuration.get("use_mask_for_norm") or [False] * num_channels
+    masked = {bool(mask) for mask, scheme in zip(use_mask, schemes, strict=True) if scheme == Z_SCORE}
+    if len(masked) > 1:
+        raise refused("models that mask the z-score of some channels only (use_mask_for_norm)", PLANS_FILE)
     by_channel = plans.get("foreground_intensity_properties_per_channel")
     if by_channel is None:
         by_channel = plans.get("foreground_intensity_properties_by_modality", {})
@@ -200,4 +211,4 @@ def _normalisation(
             numbers.append((low, high, mean, max(std, 1e-8)))
         else:
             numbers.append(RGB_INTENSITY if scheme == RGB else ANY_INTENSITY)
-    return kinds.pop(), tuple(numbers)
+    return tuple(NORMALISATIONS[scheme] for scheme in schemes), True in masked, tuple(numbers)

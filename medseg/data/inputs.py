@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 Entries = dict[str, tuple[Source, ...]]
 """Id → the files or series of one case."""
+Refused = list[tuple[Source, MedsegError]]
+"""An image of a case that cannot be used, and why."""
 
 
 def find_inputs(
@@ -43,6 +45,7 @@ def find_inputs(
     channels: Sequence[str] | None = None,
     modality: str | None = None,
     reading: Reading = STRICT,
+    refused: Refused | None = None,
 ) -> tuple[Case, ...]:
     """The scans that are to be segmented; labels and annotations among them are left out.
 
@@ -59,6 +62,8 @@ def find_inputs(
         modality: the model's. Where there are several DICOM series, those of other modalities are left out, with a
             warning.
         reading: `series` takes one DICOM series and leaves the others out.
+        refused: where given, a case that cannot be used, though others can, is noted here and among the cases all the
+            same; else it is refused.
     Returns:
         Cases without labels, sorted by id.
     Raises:
@@ -78,12 +83,18 @@ def find_inputs(
         elif channels and (files := _whole_case(path, channels)):
             entries.setdefault(path.resolve(), {})[path.resolve().name] = files
         else:
-            entries.setdefault(path.resolve(), {}).update(_inputs_of_folder(path, num_channels, modality, reading))
-    cases = [
-        Case(case_id, _in_order(files, channels, case_id), None)
-        for group in entries.values()
-        for case_id, files in _join_channels(group, num_channels).items()
-    ]
+            inside = _inputs_of_folder(path, num_channels, modality, reading, refused)
+            entries.setdefault(path.resolve(), {}).update(inside)
+    cases: list[Case] = []
+    for group in entries.values():
+        for case_id, sources in _join_channels(group, num_channels, incomplete=refused is not None).items():
+            try:
+                cases.append(Case(case_id, _in_order(sources, channels, case_id), None))
+            except MedsegError as error:
+                if refused is None:
+                    raise
+                refused.append((sources[0], error))
+                cases.append(Case(case_id, sources, None))
     cases = _told_apart(cases)
     refuse_same_ids(cases)
     return tuple(sorted(cases, key=lambda c: c.case_id))
@@ -108,7 +119,9 @@ def _pseudonym(source: Source) -> str | None:
     return infos[0].name if len(infos) == 1 else None
 
 
-def _inputs_of_folder(folder: Path, num_channels: int | None, modality: str | None, reading: Reading) -> Entries:
+def _inputs_of_folder(
+    folder: Path, num_channels: int | None, modality: str | None, reading: Reading, refused: Refused | None
+) -> Entries:
     inside = folder_named(folder, IMAGE_FOLDERS) or folder
     entries: Entries = {}
     if not is_series(inside):
@@ -121,7 +134,7 @@ def _inputs_of_folder(folder: Path, num_channels: int | None, modality: str | No
     joined = {name for name in dicom if len(entries[name]) > 1 and len(entries[name]) == num_channels}
     if not entries or slices or dicom - joined:
         kept = {name: files for name, files in entries.items() if name not in dicom - joined}
-        entries = kept | _series_of_tree(inside, [inside / name for name in joined], modality, reading)
+        entries = kept | _series_of_tree(inside, [inside / name for name in joined], modality, reading, refused)
     if not entries:
         raise MedsegError(
             Code.NO_CASES,
@@ -138,7 +151,9 @@ def _is_unknown(source: Source) -> bool:
     return isinstance(source, Path) and source.is_file() and kind_of(source) is None
 
 
-def _series_of_tree(folder: Path, without: Sequence[Path], modality: str | None, reading: Reading) -> Entries:
+def _series_of_tree(
+    folder: Path, without: Sequence[Path], modality: str | None, reading: Reading, refused: Refused | None
+) -> Entries:
     """The DICOM series of a folder, however deep: under their folder's name where that lies in `folder` (or is it) and
     holds one series, else under their pseudonyms."""
     from medseg.data.dicom_tree import damage
@@ -151,17 +166,23 @@ def _series_of_tree(folder: Path, without: Sequence[Path], modality: str | None,
     wanted = _wanted(found, modality, reading)
     beside = {home for series in wanted for home in homes[series.case_id]}
     damaged = [(path, why) for path, why in catalog.damaged if path.parent in beside]
-    if damaged:
-        raise damage(damaged, "export or copy them again, or move them away if they belong to no series")
+    remedy = "export or copy them again, or move them away if they belong to no series"
+    if damaged and refused is None:
+        raise damage(damaged, remedy)
     if catalog.damaged:
         logger.warning("%d files that cannot be read as DICOM were left out", len(catalog.damaged))
     for series in wanted:
         home = next(iter(homes[series.case_id])) if len(homes[series.case_id]) == 1 else None
         alone = home is not None and sum(home in parents for parents in homes.values()) == 1
         if home is not None and alone and ((len(found) == 1 and home == catalog.root) or home.parent == catalog.root):
-            entries[home.resolve().name] = (home,)
+            source: Source = home
+            entries[home.resolve().name] = (source,)
         else:
-            entries[series.case_id] = (series.info,)
+            source = series.info
+            entries[series.case_id] = (source,)
+        its = [(path, why) for path, why in damaged if path.parent in homes[series.case_id]]
+        if its and refused is not None:
+            refused.append((source, damage(its, remedy)))
     return entries
 
 
@@ -230,8 +251,11 @@ def _is_named_by(file: Source, channel: str) -> bool:
     return stem == channel.lower() or stem.endswith(("_" + channel.lower(), "-" + channel.lower()))
 
 
-def _join_channels(entries: Mapping[str, tuple[Source, ...]], num_channels: int | None) -> Entries:
-    """Join `case_0000`, `case_0001` where these numbers are channels (see `find_inputs`)."""
+def _join_channels(entries: Mapping[str, tuple[Source, ...]], num_channels: int | None, *, incomplete: bool) -> Entries:
+    """Join `case_0000`, `case_0001` where these numbers are channels (see `find_inputs`).
+
+    With `incomplete`, one case that has all channels settles it: those with fewer are refused when they are opened.
+    """
     matches = {name: CHANNEL_SUFFIX.fullmatch(name) for name in entries}
     numbers: dict[str, list[str]] = {}
     for match in matches.values():
@@ -239,6 +263,11 @@ def _join_channels(entries: Mapping[str, tuple[Source, ...]], num_channels: int 
             return dict(entries)
         numbers.setdefault(match["id"], []).append(match["channel"])
     kinds = {tuple(sorted(channels)) for channels in numbers.values()}
+    if incomplete and num_channels not in (None, 1) and tuple(f"{c:04d}" for c in range(num_channels or 0)) in kinds:
+        return {
+            case_id: tuple(path for channel in sorted(channels) for path in entries[f"{case_id}_{channel}"])
+            for case_id, channels in numbers.items()
+        }
     kind = kinds.pop() if kinds else ()
     counted = kind == tuple(f"{channel:04d}" for channel in range(len(kind)))
     if kinds or not counted or (num_channels is not None and len(kind) not in (1, num_channels)):

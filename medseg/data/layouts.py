@@ -62,6 +62,8 @@ class Case:
     """Who it is of, where a manifest (a name) or DICOM (a pseudonym) says so: their cases stay together in splits."""
     split: str | None = None
     """"train", "val" or "test", where a manifest says so."""
+    stratum: str | None = None
+    """Site, scanner or another group that folds should have like shares of, where a manifest says so."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Tables that describe data: manifests of cases (CSV, JSON) and the `dataset.json` of MSD and nnU-Net.
 
 A manifest is for data that no folder layout describes.
-CSV columns (any case): `case`, `image` (or several: `image_<channel>`), `label`, `patient`, `split`. JSON: a list of
-objects with the same keys (`images` may be a list), or `{"cases": [...], "labels": {name: value}, "channels": [...]}`.
+CSV columns (any case): `case`, `image` (or several: `image_<channel>`), `label`, `patient`, `split`, `stratum` (or
+`site`: what folds should have like shares of). JSON: a list of objects with the same keys (`images` may be a list), or
+`{"cases": [...], "labels": {name: value}, "channels": [...]}`.
 Paths are relative to the manifest's folder, or to the data folder where one is given beside it.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 from medseg.data.layouts import Case, DataFolder, name_some
 from medseg.errors import Code, MedsegError
 from medseg.formats import strip_suffix
+from medseg.labels import IGNORE, ORDER_KEY
 
 COLUMNS = {
     "case": "case",
@@ -31,6 +33,8 @@ COLUMNS = {
     "patient_id": "patient",
     "subject": "patient",
     "split": "split",
+    "stratum": "stratum",
+    "site": "stratum",
 }
 """Accepted column names → what they mean; besides these, `image_<channel>`."""
 SPLITS = {
@@ -169,6 +173,7 @@ def _case(row: Mapping[str, Any], where: str, root: Path) -> Case:
         label=root / fields["label"] if fields.get("label") else None,
         patient=fields.get("patient") or None,
         split=SPLITS[split],
+        stratum=fields.get("stratum") or None,
     )
 
 
@@ -195,7 +200,7 @@ class DatasetJson:
     layout: str
     """Which kind it is, in words."""
     labels: dict[str, Any] | None
-    """Class name → value, list of values or "rest"."""
+    """As `Labels.from_mapping` takes it: class name → value, list of values or "rest"."""
     channels: tuple[str, ...] | None
     """Names of the channels in their order."""
     file_ending: str | None
@@ -228,7 +233,7 @@ def read_dataset_json(path: Path) -> DatasetJson:
         _refuse_absent(cases)
     return DatasetJson(
         layout="nnU-Net v2 (dataset.json)" if "channel_names" in table else "MSD / nnU-Net v1 (dataset.json)",
-        labels=_names_to_values(table["labels"], path) if table.get("labels") else None,
+        labels=_with_order(table, _names_to_values(table["labels"], path)) if table.get("labels") else None,
         channels=tuple(str(c) for c in channels) if channels else None,
         file_ending=table.get("file_ending"),
         listed=tuple(strip_suffix(Path(name).name) for name in listed),
@@ -244,3 +249,10 @@ def _names_to_values(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if len(set(names)) != len(names):
         raise MedsegError(Code.LABEL, "a class name stands twice", where=path.name, got=", ".join(names))
     return {str(name): int(value) for value, name in table.items()}
+
+
+def _with_order(table: Mapping[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
+    """The labels with the order of their regions; like nnU-Net, only where one of them has several values."""
+    has_regions = any(isinstance(v, list) and len(v) > 1 for name, v in labels.items() if name != IGNORE)
+    order = table.get(ORDER_KEY)
+    return {**labels, ORDER_KEY: order} if has_regions and order else labels

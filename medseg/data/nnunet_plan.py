@@ -12,7 +12,7 @@ Source:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Axes = tuple[int, ...]
 FloatArray = NDArray[np.float64]
+PerCase = Sequence[Sequence[float]] | FloatArray
+"""Numbers along the axes of each case, (N, dims)."""
 
 ANISOTROPY = 3.0
 """An axis is coarse when its spacing is more than this times the next one's, and its size less than 1/this."""
@@ -68,7 +70,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Configuration:
+class NetworkPlan:
     """One network and the grid that it sees."""
 
     spacing_mm: tuple[float, ...]
@@ -103,7 +105,7 @@ def configurations(
     num_channels: int,
     num_classes: int,
     preset: Preset = PRESETS["nnunet"],
-) -> tuple[Axes, dict[str, Configuration]]:
+) -> tuple[Axes, dict[str, NetworkPlan]]:
     """All configurations of a data set.
 
     Args:
@@ -117,38 +119,69 @@ def configurations(
         volumes "3d_fullres" and, where the patch sees too little, "3d_lowres".
     """
     target = target_spacing(spacings_mm, shapes)
-    coarse = int(np.argmax(target))
-    order = (coarse, *(axis for axis in range(3) if axis != coarse))
+    order = coarsest_first(target)
     spacing = target[list(order)]
-    resampled = [
-        [round(old / new * size) for old, new, size in zip(s, target, shape, strict=True)]
-        for s, shape in zip(spacings_mm, shapes, strict=True)
-    ]
-    median: FloatArray = np.median(resampled, axis=0)[list(order)]
+    median = resampled_median(spacings_mm, shapes, target)[list(order)]
     num_voxels = float(np.prod(median)) * len(shapes)
 
-    def configure(spacing: FloatArray, median: ArrayLike, voxels: float) -> Configuration:
+    def configure(spacing: FloatArray, median: ArrayLike, voxels: float) -> NetworkPlan:
         return configuration(spacing, median, voxels, num_channels=num_channels, num_classes=num_classes, preset=preset)
 
     found = {"2d": configure(spacing[1:], median[1:], num_voxels)}
     if median[0] == 1:
         return order, found
     found["3d_fullres"] = full = configure(spacing, median, num_voxels)
-    low, low_spacing = None, spacing.copy()
-    voxels, in_patch = float(np.prod(median)), math.prod(full.patch_size)
-    while in_patch / voxels < LOWRES_SHARE:
-        lagging = low_spacing.max() / low_spacing > 2
-        low_spacing[lagging if lagging.any() else slice(None)] *= LOWRES_STEP
-        shape = spacing / low_spacing * median
-        voxels = float(np.prod(shape))
-        low = configure(low_spacing, [round(s) for s in shape], voxels * len(shapes))
-        in_patch = math.prod(low.patch_size)
-    if low is not None and np.prod(median) / voxels >= LOWRES_GAIN:
+    low = lower_resolution(spacing, median, full.patch_size, len(shapes), configure)
+    if low is not None:
         found["3d_lowres"] = low
     return order, found
 
 
-def target_spacing(spacings_mm: Sequence[Sequence[float]], shapes: Sequence[Sequence[int]]) -> FloatArray:
+def coarsest_first(spacing_mm: FloatArray) -> Axes:
+    """The order of axes that puts the coarsest one first."""
+    coarse = int(np.argmax(spacing_mm))
+    return (coarse, *(axis for axis in range(len(spacing_mm)) if axis != coarse))
+
+
+def resampled_median(spacings_mm: PerCase, shapes: PerCase, target: FloatArray) -> FloatArray:
+    """Median shape of the cases at the target spacing."""
+    resampled = [
+        [round(old / new * size) for old, new, size in zip(spacing, target, shape, strict=True)]
+        for spacing, shape in zip(spacings_mm, shapes, strict=True)
+    ]
+    median: FloatArray = np.median(resampled, axis=0)
+    return median
+
+
+def lower_resolution(
+    spacing_mm: FloatArray,
+    median: FloatArray,
+    patch_size: Axes,
+    num_cases: int,
+    configure: Callable[[FloatArray, ArrayLike, float], NetworkPlan],
+) -> NetworkPlan | None:
+    """The configuration whose patch holds `LOWRES_SHARE` of the median volume; None where full resolution's does.
+
+    Args:
+        spacing_mm: of full resolution.
+        median: shape there.
+        patch_size: there.
+        num_cases: of the data set.
+        configure: makes a configuration of a spacing, a median shape and the voxels of the whole data set.
+    """
+    low, low_spacing = None, spacing_mm.copy()
+    voxels, in_patch = float(np.prod(median)), math.prod(patch_size)
+    while in_patch / voxels < LOWRES_SHARE:
+        lagging = low_spacing.max() / low_spacing > 2
+        low_spacing[lagging if lagging.any() else slice(None)] *= LOWRES_STEP
+        shape = spacing_mm / low_spacing * median
+        voxels = float(np.prod(shape))
+        low = configure(low_spacing, [round(s) for s in shape], voxels * num_cases)
+        in_patch = math.prod(low.patch_size)
+    return low if low is not None and np.prod(median) / voxels >= LOWRES_GAIN else None
+
+
+def target_spacing(spacings_mm: PerCase, shapes: PerCase) -> FloatArray:
     """The median spacing; an axis that is coarse and short takes a low percentile, not finer than the others'."""
     target: FloatArray = np.percentile(np.array(spacings_mm, dtype=np.float64), 50, axis=0)
     size = np.percentile(np.array(shapes), 50, axis=0)
@@ -169,7 +202,7 @@ def configuration(
     num_channels: int,
     num_classes: int,
     preset: Preset,
-) -> Configuration:
+) -> NetworkPlan:
     """The largest patch whose network is within the preset's cost, and the batch that fits with it.
 
     Args:
@@ -201,7 +234,7 @@ def configuration(
         net = topology(spacing_mm, patch)
     of_data = round(num_voxels * preset.dataset_share / math.prod(net.patch_size))
     stages = len(net.strides)
-    return Configuration(
+    return NetworkPlan(
         spacing_mm=tuple(float(s) for s in spacing_mm),
         median_shape=tuple(float(m) for m in median),
         patch_size=net.patch_size,
@@ -215,23 +248,26 @@ def configuration(
     )
 
 
-def topology(spacing_mm: Sequence[float] | FloatArray, patch_size: Sequence[float]) -> Topology:
+def topology(
+    spacing_mm: Sequence[float] | FloatArray, patch_size: Sequence[float], num_stages: int | None = None
+) -> Topology:
     """Which axes are halved at each stage, the kernels, and the patch padded to what that divides.
 
     Args:
         spacing_mm: of the network's grid.
         patch_size: wanted; may be fractional (a median shape).
+        num_stages: a depth that is asked for is reached with smaller edges than nnU-Net would choose.
     """
     dims = len(spacing_mm)
     spacing, size = [float(s) for s in spacing_mm], [float(p) for p in patch_size]
     kernel, halvings = [1] * dims, [0] * dims
     strides: list[Axes] = [(1,) * dims]
     kernels: list[Axes] = []
-    while True:
-        poolable = [a for a in range(dims) if size[a] >= 2 * MIN_EDGE]
+    while num_stages is None or len(strides) < num_stages:
+        poolable = [a for a in range(dims) if size[a] >= (2 * MIN_EDGE if num_stages is None else 2)]
         finest = min((spacing[a] for a in poolable), default=math.inf)
         poolable = [a for a in poolable if spacing[a] / finest < 2]
-        if not poolable or (len(poolable) == 1 and size[poolable[0]] < 3 * MIN_EDGE):
+        if not poolable or (num_stages is None and len(poolable) == 1 and size[poolable[0]] < 3 * MIN_EDGE):
             break
         kernel = [3 if k == 3 or s / min(spacing) < 2 else 1 for k, s in zip(kernel, spacing, strict=True)]
         for axis in poolable:

@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import ndimage
 
-from medseg.data.cases import Case, load_image, load_label
 from medseg.data.plan import Plan
 from medseg.errors import Code, MedsegError
-from medseg.formats import STRICT, Reading
-from medseg.labels import Labels
 from medseg.resampling import resample, resample_labels
 from medseg.volume import Grid, Volume
 
-LOCATIONS_PER_CLASS = 10_000
-"""Voxels of each class that are remembered for foreground sampling, drawn at random (as nnU-Net does)."""
-MEMORY_SHARE = 0.6
-"""Largest share of the machine's memory that prepared cases may take."""
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedCase:
-    """A labelled case as the network sees it.
-
-    Args:
-        case_id: the case.
-        image: float32, shape (C, *S), normalised, on `grid`.
-        label: uint8 class indices, shape (*S).
-        grid: the grid that the network sees.
-        locations: for each class index voxel positions of it, int32 (n, dims); empty arrays for absent classes.
-    """
-
-    case_id: str
-    image: torch.Tensor
-    label: torch.Tensor
-    grid: Grid
-    locations: tuple[np.ndarray, ...]
+COARSE = 3.0
+"""An axis is coarse when its voxels are more than this times as long as the shortest side (nnU-Net's rule)."""
+MOMENT_VOXELS = 1 << 20
+"""Voxels whose mean and deviation are summed up at a time, in float64."""
 
 
 def prepare_image(volume: Volume, plan: Plan) -> tuple[torch.Tensor, Grid]:
-    """Orient, resample and normalise an image.
+    """Orient, crop, normalise and resample an image.
+
+    Memory beside the scan: two arrays of float32, or one where nothing is resampled.
 
     Args:
         volume: array (C, *S) as it was read.
         plan: what the network sees.
     Returns:
-        float32 (C, *S') and the grid that it lies on (same axes as the plan, same box as the scan).
+        float32 (C, *S') and the grid that it lies on: the plan's axes; the scan's box, or with `plan.crop` the box of
+        its voxels that are not 0 in any channel.
     Raises:
         MedsegError: E_MODEL if channels or dimensions do not fit the plan.
+    Source:
+        nnU-Net v2, DefaultPreprocessor.run_case_npy (Isensee et al., Nature Methods 2021): the same steps in the same
+        order, and values to 1e-3 of a deviation (tests/test_preprocess_nnunet.py). A masked z-score counts the nonzero
+        voxels, where nnU-Net counts in training, but not in prediction, labelled voxels outside them too.
     """
     if volume.grid.ndim != plan.spatial_dims or volume.array.shape[0] != plan.num_channels:
         raise MedsegError(
@@ -62,112 +44,168 @@ def prepare_image(volume: Volume, plan: Plan) -> tuple[torch.Tensor, Grid]:
             got=f"{volume.array.shape[0]} channel(s), {volume.grid.ndim}D",
             remedy="give the same channels, in the same order, as the training cases had",
         )
-    oriented = volume if volume.grid.is_picture else volume.reoriented(plan.orientation)
-    grid = planned_grid(oriented.grid, plan)
-    image = torch.from_numpy(np.ascontiguousarray(oriented.array, dtype=np.float32))
-    image = _normalise(image, plan)
-    return resample(image, grid.shape, order=_image_order(oriented.grid, plan)), grid
+    oriented = _oriented(volume, plan)
+    array, grid = oriented.array, oriented.grid
+    if plan.crop:
+        box = _nonzero_box(array)
+        array, grid = array[(slice(None), *box)], grid.boxed(box)
+    image = torch.from_numpy(_normalised(array, plan))
+    target = planned_grid(grid, plan)
+    return _resampled_image(image, target.shape, coarse_axis(grid, plan)), target
 
 
-def prepare_label(label: Volume, plan: Plan, num_classes: int) -> torch.Tensor:
-    """Orient and resample class indices to what the network sees: uint8 (*S')."""
-    oriented = label if label.grid.is_picture else label.reoriented(plan.orientation)
-    indices = torch.from_numpy(np.ascontiguousarray(oriented.array, dtype=np.uint8))
-    return resample_labels(indices, planned_grid(oriented.grid, plan).shape, num_classes)
+def prepare_label(label: Volume, plan: Plan, num_classes: int, grid: Grid | None = None) -> torch.Tensor:
+    """Orient, crop and resample class indices to what the network sees.
+
+    Args:
+        label: class indices, shape (*S), on the image's grid.
+        plan: what the network sees.
+        num_classes: with the background.
+        grid: what `prepare_image` gave for the image; None: as for an image without a border of zeros.
+    Returns:
+        uint8 (*S').
+    """
+    oriented = _oriented(label, plan)
+    array, source = oriented.array, oriented.grid
+    if grid is not None:
+        box = covered_box(grid, source)
+        array, source = array[box], source.boxed(box)
+    indices = torch.from_numpy(np.ascontiguousarray(array, dtype=np.uint8))
+    shape = planned_grid(source, plan).shape
+    axis = coarse_axis(source, plan)
+    if axis is not None:  # the image takes the nearest slice there, and so does its label
+        indices = indices.index_select(axis, _nearest(indices.shape[axis], shape[axis]))
+    return resample_labels(indices, shape, num_classes)
+
+
+def covered_box(grid: Grid, scan: Grid) -> tuple[slice, ...]:
+    """The voxels of a scan that a grid of the same axes covers: its box is made of whole voxels of the scan."""
+    ends = np.array([[-0.5] * grid.ndim, [n - 0.5 for n in grid.shape]])
+    low, high = np.rint(scan.to_index(grid.to_world(ends)) + 0.5).astype(int)
+    return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
 
 
 def planned_grid(grid: Grid, plan: Plan) -> Grid:
-    """The plan's grid over the same box: as many voxels as come closest to the plan's spacing."""
+    """The plan's grid over the same box: as many voxels as come closest to the plan's spacing. Slice by slice ("2d")
+    the number of slices stays."""
     if grid.is_picture:
         return grid
-    ratio = np.array(grid.spacing_mm) / np.array(plan.spacing_mm)
+    ratio = np.array(grid.spacing_mm) / np.array(_target_spacing(grid, plan))
     shape = tuple(max(1, round(float(n * r))) for n, r in zip(grid.shape, ratio, strict=True))
     return grid if shape == grid.shape else grid.resampled(shape)
 
 
-def prepare_cases(
-    cases: Sequence[Case],
-    plan: Plan,
-    labels: Labels,
-    *,
-    seed: int,
-    num_threads: int,
-    reading: Reading = STRICT,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[PreparedCase]:
-    """Read and prepare labelled cases into memory, in threads.
+def coarse_axis(grid: Grid, plan: Plan) -> int | None:
+    """The axis along which the nearest slice is taken instead of a spline through far slices, which would ring.
 
-    Args:
-        cases: with labels.
-        plan: what the network sees.
-        labels: the classes.
-        seed: which voxels are remembered for foreground sampling.
-        num_threads: cases read at a time.
-        reading: what is asked of the readers beyond their strict defaults.
-        progress: called with (done, total).
-    Raises:
-        MedsegError: what reading refuses; E_LIMIT if the cases do not fit into memory.
+    Source:
+        nnU-Net v2, resample_data_or_seg_to_shape: the longest side of the scan's voxels, or else of the plan's, if it
+        is more than `COARSE` times the shortest one and no other side is as long.
     """
-    budget = MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    prepared: list[PreparedCase] = []
-    used = 0
-    with ThreadPoolExecutor(max_workers=num_threads) as pool:
-        futures = [pool.submit(_prepare, case, plan, labels, seed, reading) for case in cases]
-        try:
-            for done, future in enumerate(futures, start=1):
-                case = future.result()
-                used += case.image.nbytes
-                if used > budget:
-                    raise MedsegError(
-                        Code.LIMIT,
-                        "the prepared cases do not fit into memory",
-                        where="data.root",
-                        expected=f"at most {budget / 2**30:.0f} GiB ({MEMORY_SHARE:.0%} of this machine)",
-                        got=f"{used / 2**30:.0f} GiB after {done} of {len(futures)} cases",
-                        remedy="choose a larger data.plan.spacing_mm, or fewer cases",
-                    )
-                prepared.append(case)
-                if progress is not None:
-                    progress(done, len(futures))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return prepared
+    if grid.is_picture:
+        return None
+    for spacing in (grid.spacing_mm, _target_spacing(grid, plan)):
+        # Spacings are rounded as they come from an affine: two equal sides must be seen to be equal
+        sides = [round(s, 6) for s in spacing]
+        if max(sides) > COARSE * min(sides):
+            return sides.index(max(sides)) if sides.count(max(sides)) == 1 else None
+    return None
 
 
-def _prepare(case: Case, plan: Plan, labels: Labels, seed: int, reading: Reading) -> PreparedCase:
-    volume = load_image(case, num_channels=plan.num_channels, reading=reading)
-    label_volume = load_label(case, labels, volume.grid, reading)
-    image, grid = prepare_image(volume, plan)
-    label = prepare_label(label_volume, plan, labels.num_classes)
-    rng = np.random.default_rng([seed, *case.case_id.encode()])
-    return PreparedCase(case.case_id, image, label, grid, _locations(label.numpy(), labels.num_classes, rng))
+def _target_spacing(grid: Grid, plan: Plan) -> tuple[float, ...]:
+    """The plan's spacing for a scan, in mm; along slices that are not resampled the scan's own."""
+    return (grid.spacing_mm[0], *plan.spacing_mm[1:]) if plan.configuration == "2d" else plan.spacing_mm
 
 
-def _locations(label: np.ndarray, num_classes: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    flat = label.ravel()
-    found = []
-    for index in range(num_classes):
-        where = np.flatnonzero(flat == index)
-        if len(where) > LOCATIONS_PER_CLASS:
-            where = rng.choice(where, LOCATIONS_PER_CLASS, replace=False)
-        found.append(np.stack(np.unravel_index(where, label.shape), axis=1).astype(np.int32))
-    return tuple(found)
+def _oriented(volume: Volume, plan: Plan) -> Volume:
+    return volume if volume.grid.is_picture else volume.reoriented(plan.orientation)
 
 
-def _image_order(grid: Grid, plan: Plan) -> tuple[int, ...]:
-    """Cubic along each axis, nearest along a coarse one: a spline between far slices rings (nnU-Net's rule)."""
-    finest = min(*grid.spacing_mm, *plan.spacing_mm)
-    return tuple(0 if max(s, t) > 3 * finest else 3 for s, t in zip(grid.spacing_mm, plan.spacing_mm, strict=True))
+def _resampled_image(image: torch.Tensor, shape: tuple[int, ...], coarse: int | None) -> torch.Tensor:
+    """Cubic splines within the range of their input, as scikit-image and so nnU-Net make them; along a coarse axis the
+    nearest slice, and each slice within its own range."""
+    if coarse is None or tuple(image.shape[1:]) == tuple(shape):
+        return resample(image, shape, order=3, clip=True)
+    axis = coarse + 1
+    indices = _nearest(image.shape[axis], shape[coarse])
+    planes = [n for a, n in enumerate(shape) if a != coarse]
+    used, positions = torch.unique(indices, return_inverse=True)
+    slices = image.index_select(axis, used).movedim(axis, 1).contiguous()
+    return resample(slices, tuple(planes), order=3, clip=True)[:, positions].movedim(1, axis).contiguous()
 
 
-def _normalise(image: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Intensities of (C, *S) to about zero mean and unit deviation. A constant image becomes zero."""
-    out = torch.empty_like(image)
-    for channel, (low, high, mean, std) in enumerate(plan.intensity):
-        if plan.normalisation == "ct":
-            out[channel] = (image[channel].clamp(low, high) - mean) / std
-        else:
-            deviation, average = torch.std_mean(image[channel], correction=0)
-            out[channel] = (image[channel] - average) / deviation.clamp(min=1e-8)
+def _nearest(num_in: int, num_out: int) -> torch.Tensor:
+    """For each voxel of a resampled axis the nearest one before."""
+    return ((2 * torch.arange(num_out) + 1) * num_in // (2 * num_out)).clamp(max=num_in - 1)
+
+
+def _nonzero_box(array: NDArray[np.generic]) -> tuple[slice, ...]:
+    """The box of voxels of (C, *S) that are not 0 in any channel; all of S where there are none."""
+    nonzero = _nonzero(array)
+    box = []
+    for axis in range(nonzero.ndim):
+        along = np.flatnonzero(nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis)))
+        box.append(slice(int(along[0]), int(along[-1]) + 1) if len(along) else slice(0, nonzero.shape[axis]))
+    return tuple(box)
+
+
+def _nonzero(array: NDArray[np.generic]) -> NDArray[np.bool_]:
+    nonzero: NDArray[np.bool_] = np.asarray(array[0] != 0)
+    for channel in array[1:]:
+        nonzero |= channel != 0
+    return nonzero
+
+
+def _body(array: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Voxels of (C, *S) that are not 0 in any channel, holes filled: zeros that no way of faces joins to the border."""
+    outside, _ = ndimage.label(~_nonzero(array))
+    borders = [np.take(outside, end, axis=axis) for axis in range(outside.ndim) for end in (0, -1)]
+    reached = np.zeros(int(outside.max()) + 1, dtype=bool)
+    for border in borders:
+        reached[border] = True
+    reached[0] = False  # not a region of zeros
+    filled: NDArray[np.bool_] = ~reached[outside]
+    return filled
+
+
+def _normalised(array: NDArray[np.generic], plan: Plan) -> NDArray[np.float32]:
+    """Intensities of (C, *S) as the plan says for each channel, in memory of their own. A constant image becomes 0.
+
+    By numpy: each of torch's operations would meet its threads, for a millisecond of work.
+    """
+    out = np.empty(array.shape, dtype=np.float32)
+    masked = plan.mask_normalisation and "z-score" in plan.normalisation
+    body = _body(array) if masked else None
+    for values, target, scheme, (low, high, mean, std) in zip(
+        array, out, plan.normalisation, plan.intensity, strict=True
+    ):
+        if scheme == "ct":
+            np.clip(values, low, high, out=target, casting="same_kind")
+            target -= np.float32(mean)
+            target /= np.float32(std)
+            continue
+        np.copyto(target, values, casting="same_kind")
+        if scheme == "z-score":
+            average, deviation = _moments(target if body is None else target[body])
+            target -= np.float32(average)
+            target /= np.float32(max(deviation, 1e-8))
+            if body is not None:
+                target[~body] = 0
+        elif scheme == "rescale":
+            target -= target.min()
+            target /= max(target.max(), np.float32(1e-8))
     return out
+
+
+def _moments(values: NDArray[np.float32]) -> tuple[float, float]:
+    """Mean and standard deviation, summed in float64 without a second array; of nothing 0."""
+    flat = values.reshape(-1)
+    if not flat.size:
+        return 0.0, 0.0
+    parts = [flat[begin : begin + MOMENT_VOXELS] for begin in range(0, flat.size, MOMENT_VOXELS)]
+    mean = sum(float(part.sum(dtype=np.float64)) for part in parts) / flat.size
+    squares = 0.0
+    for part in parts:
+        deviation = part - np.float64(mean)
+        squares += float(deviation @ deviation)
+    return mean, float(np.sqrt(squares / flat.size))

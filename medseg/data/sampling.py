@@ -11,11 +11,12 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from medseg.data.preprocess import PreparedCase
+from medseg.data.prepared import PreparedCase
 
 BatchItem = tuple[int, torch.Tensor, torch.Tensor]
 """(step, image (N, C, *L) float32, label (N, *L) uint8)."""
@@ -37,6 +38,10 @@ class PatchSampler:
             (padding "valid"): patches may reach over the border by so much, or the border would never be learnt.
         cut_size: how large the patches of a (step, batch size) are cut, about the same middle: an even number of voxels
             more than `patch_size`, which augmentation turns into view; None: `patch_size`.
+        annotated_only: centre the rest of a batch on voxels of any class, background included: where voxels are
+            ignored, patches from anywhere might hold nothing to learn from (as nnU-Net).
+        even_classes: draw the class of a patch centred on foreground first, and then a case that has it: classes that
+            few cases have are seen as often as others; else the case first (as nnU-Net).
     """
 
     cases: Sequence[PreparedCase]
@@ -47,6 +52,15 @@ class PatchSampler:
     mirror_padding: bool = False
     margin: tuple[int, ...] | None = None
     cut_size: Callable[[int, int], tuple[int, ...]] | None = None
+    annotated_only: bool = False
+    even_classes: bool = False
+
+    @cached_property
+    def _cases_of_class(self) -> list[tuple[int, list[PreparedCase]]]:
+        """Foreground classes that occur, with the cases that have them."""
+        num_classes = max(len(case.locations) for case in self.cases)
+        having = [(c, [case for case in self.cases if len(case.locations[c])]) for c in range(1, num_classes)]
+        return [(number, cases) for number, cases in having if cases]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of a step: image (N, C, *L) float32 and label (N, *L) uint8, with L the `cut_size` of the step."""
@@ -57,10 +71,14 @@ class PatchSampler:
         for index in range(self.batch_size):
             rng = np.random.default_rng([self.seed, step, index])
             case = self.cases[int(rng.integers(len(self.cases)))]
-            centred = index >= self.batch_size - num_foreground
-            start = [s - a for s, a in zip(self._start(case, centred, rng), around, strict=True)]
-            images.append(cut(case.image, start, size, mirror=self.mirror_padding))
-            labels.append(cut(case.label[None], start, size, mirror=self.mirror_padding)[0])
+            centred, wanted = index >= self.batch_size - num_foreground, None
+            if centred and self.even_classes and self._cases_of_class:
+                wanted, having = self._cases_of_class[int(rng.integers(len(self._cases_of_class)))]
+                case = having[int(rng.integers(len(having)))]
+            start = [s - a for s, a in zip(self._start(case, centred, rng, wanted), around, strict=True)]
+            image, label = case.cut(start, size, mirror=self.mirror_padding)
+            images.append(image)
+            labels.append(label)
         return torch.stack(images), torch.stack(labels)
 
     def prefetch(self, first_step: int, ahead: int = 3) -> Generator[BatchItem, None, None]:
@@ -97,14 +115,21 @@ class PatchSampler:
             stop.set()
             thread.join()
 
-    def _start(self, case: PreparedCase, centred: bool, rng: np.random.Generator) -> tuple[int, ...]:
+    def _start(
+        self, case: PreparedCase, centred: bool, rng: np.random.Generator, wanted: int | None = None
+    ) -> tuple[int, ...]:
         """First voxel of the patch; negative where the patch is larger than the case (it is centred then)."""
-        shape = case.image.shape[1:]
-        present = [c for c in range(1, len(case.locations)) if len(case.locations[c])]
+        shape = case.shape
+        present = [c for c in range(1, len(case.locations)) if len(case.locations[c])] if wanted is None else [wanted]
         centre = None
         if centred and present:
             voxels = case.locations[present[int(rng.integers(len(present)))]]
-            centre = voxels[rng.integers(len(voxels))]
+            centre = voxels[int(rng.integers(len(voxels)))]
+        elif self.annotated_only and any(map(len, case.locations)):
+            ends = np.cumsum([len(voxels) for voxels in case.locations])
+            number = int(rng.integers(ends[-1]))
+            index = int(np.searchsorted(ends, number, side="right"))
+            centre = case.locations[index][number - int(ends[index]) + len(case.locations[index])]
         start = []
         margins = self.margin or (0,) * len(shape)
         for axis, (size, patch, margin) in enumerate(zip(shape, self.patch_size, margins, strict=True)):
@@ -116,39 +141,3 @@ class PatchSampler:
             else:
                 start.append(int(rng.integers(first, last + 1)))
         return tuple(start)
-
-
-def cut(array: torch.Tensor, start: Sequence[int], size: Sequence[int], *, mirror: bool = False) -> torch.Tensor:
-    """A box of an array, filled up where it reaches over the border.
-
-    Args:
-        array: shape (C, *S).
-        start: first voxel along each spatial axis, may be negative.
-        size: voxels of the box along each spatial axis.
-        mirror: fill by reflection; otherwise with zeros.
-    Returns:
-        shape (C, *size); a view where nothing had to be filled.
-    """
-    shape = array.shape[1:]
-    inside = all(s >= 0 and s + n <= m for s, n, m in zip(start, size, shape, strict=True))
-    if inside:
-        return array[(slice(None), *(slice(s, s + n) for s, n in zip(start, size, strict=True)))]
-    if mirror:
-        for axis, (s, n, m) in enumerate(zip(start, size, shape, strict=True)):
-            array = array.index_select(axis + 1, torch.from_numpy(_reflected(s, n, m)).to(array.device))
-        return array
-    box = array.new_zeros((array.shape[0], *size))
-    source, target = [slice(None)], [slice(None)]
-    for s, n, m in zip(start, size, shape, strict=True):
-        low, high = max(s, 0), max(min(s + n, m), max(s, 0))
-        source.append(slice(low, high))
-        target.append(slice(low - s, high - s))
-    box[tuple(target)] = array[tuple(source)]
-    return box
-
-
-def _reflected(start: int, size: int, length: int) -> np.ndarray:
-    """Indices start … start+size-1 folded into 0 … length-1 without repeating the border voxel."""
-    period = max(2 * (length - 1), 1)
-    index = np.abs(np.arange(start, start + size)) % period
-    return np.where(index >= length, period - index, index)

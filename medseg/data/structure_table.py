@@ -18,10 +18,10 @@ from typing import Any
 from medseg.data.layouts import MAX_NAMED, Case, name_some
 from medseg.errors import Code, MedsegError
 from medseg.formats.dicom.annotations import DrawnLabel, folded, overlap_of
-from medseg.labels import Labels
+from medseg.labels import IGNORE_INDEX, Labels
 
-MAX_CLASSES = 255
-"""Label maps are uint8."""
+MAX_CLASSES = IGNORE_INDEX - 1
+"""Label maps are uint8; 0 is the background."""
 BACKGROUND = "background"
 """The class of all voxels that no structure covers. A table may state it, as 0."""
 

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from medseg.data.survey import CaseInfo, Survey
+from medseg.data.facts import CaseInfo, Survey
 from medseg.labels import REST
 
 MAX_NOTES = 10
@@ -23,8 +24,8 @@ def summary_lines(found: Survey) -> list[str]:
         f"layout     {found.layout}",
         f"cases      {len(cases)}, {found.spatial_dims}D" + (f", {'/'.join(modalities)}" if modalities else ""),
         f"channels   {found.num_channels} ({', '.join(found.channel_names)})",
-        "sizes      " + _range([case.shape for case in cases], "{:.0f}"),
-        "spacings   " + _range([case.spacing_mm for case in cases], "{:.3g}") + f" {unit}",
+        "sizes      " + spread([case.shape for case in cases], "{:.0f}"),
+        "spacings   " + spread([case.spacing_mm for case in cases], "{:.3g}") + f" {unit}",
     ]
     orientations = Counter(case.orientation for case in cases if case.orientation)
     if orientations:
@@ -40,11 +41,41 @@ def summary_lines(found: Survey) -> list[str]:
             f"{100 * share:8.3g} % of voxels, in {int((voxels[:, index] > 0).sum())} of {len(cases)} cases"
             + (f", drawn as {', '.join(drawn)}" if drawn else "")
         )
+    lines += _region_lines(found, voxels)
     lines += _notes(cases)
     lines += [f"left out   {text}" for text in found.left_out]
     for problem in found.quarantine:
         lines.append(f"left out   {problem.case_id}: {problem.code} {problem.message}")
     return lines
+
+
+def anomaly_lines(found: Survey) -> list[str]:
+    """The cases that are unlike the rest, one line each."""
+    lines = [f"unusual    {a.case_id}: {'; '.join(a.reasons)}" for a in found.anomalies[:MAX_NOTES]]
+    more = len(found.anomalies) - MAX_NOTES
+    return [*lines, f"unusual    and {more} more in survey.json"] if more > 0 else lines
+
+
+def _region_lines(found: Survey, voxels: NDArray[np.float64]) -> list[str]:
+    """The regions and the values that are ignored, as the lines of the classes above them."""
+    cases, labels = found.cases, found.labels
+    ignored = np.array([case.ignored_voxels for case in cases], dtype=np.float64)
+    rows = [
+        (
+            f"region     {name:<20} value",
+            [v for index in classes for v in labels.values[index]],
+            voxels[:, list(classes)],
+        )
+        for name, classes in zip(labels.region_names, labels.regions, strict=True)
+    ]
+    if labels.ignore:
+        rows.append(("ignored    value", list(labels.ignore), ignored[:, None]))
+    total = voxels.sum() + ignored.sum()
+    return [
+        f"{what} {', '.join(map(str, sorted(values))):<8} {100 * of.sum() / total:8.3g} % of voxels, "
+        f"in {int((of.sum(axis=1) > 0).sum())} of {len(cases)} cases"
+        for what, values, of in rows
+    ]
 
 
 def _notes(cases: Sequence[CaseInfo]) -> list[str]:
@@ -59,7 +90,7 @@ def _notes(cases: Sequence[CaseInfo]) -> list[str]:
     return [*lines, f"note       and {more} more in survey.json"] if more > 0 else lines
 
 
-def _range(values: Sequence[tuple[float, ...]], form: str) -> str:
+def spread(values: Sequence[Sequence[float]], form: str) -> str:
     """Smallest, median and largest along each axis of the files; one of them where all look equal."""
     columns = np.array(values)
     parts = {"min": columns.min(axis=0), "median": np.median(columns, axis=0), "max": columns.max(axis=0)}

@@ -16,12 +16,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.data.anomalies import find_anomalies
 from medseg.data.cases import Case, DataFolder, load_image, load_label_values
+from medseg.data.facts import CaseInfo, ChannelStats, Problem, Survey
 from medseg.data.layouts import name_some
+from medseg.data.store import Store
 from medseg.data.structure_table import refuse_overlap
+from medseg.data.survey_cache import remembered
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading
-from medseg.labels import Labels, integer_values
+from medseg.labels import IGNORE_INDEX, Labels, integer_values
 from medseg.volume import MODEL_ORIENTATION
 
 MAX_FOUND_VALUES = 64
@@ -36,93 +40,6 @@ POOLED_VOXELS = 4_000
 """Of these, voxels that the statistics of the whole data set are taken from."""
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ChannelStats:
-    """Intensities of one channel."""
-
-    minimum: float
-    """Over all voxels."""
-    maximum: float
-    """Over all voxels."""
-    mean: float
-    """Over the sampled voxels, as all that follow."""
-    std: float
-    p00_5: float
-    """0.5th percentile."""
-    p50: float
-    p99_5: float
-    num_foreground: int
-    """Foreground voxels that the sample was drawn from; 0 where there are none and all voxels were taken instead."""
-
-
-@dataclass(frozen=True)
-class CaseInfo:
-    """What is known of one case. Axes are in the file's order."""
-
-    case_id: str
-    shape: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    """Along the array's axes; 1 pixel for pictures."""
-    orientation: str
-    """Anatomical directions of the axes; "" for pictures."""
-    modality: str | None
-    label_voxels: tuple[int, ...]
-    """Voxels of each class, in the order of `Survey.labels`."""
-    intensity: tuple[ChannelStats, ...]
-    """One per channel."""
-    notes: tuple[str, ...] = ()
-    """What is to be known of how its voxels came to be (`Volume.notes`)."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a case, or something else in the folder, cannot be used."""
-
-    case_id: str
-    code: str
-    message: str
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a data folder holds."""
-
-    layout: str
-    """What kind of folder it is, in words."""
-    spatial_dims: int
-    """2 or 3."""
-    num_channels: int
-    channel_names: tuple[str, ...]
-    labels: Labels
-    labels_from: str
-    """Who named the classes: "data.labels", "dataset" (dataset.json or manifest), "values found" or "structures found"
-    (in all cases)."""
-    cases: tuple[CaseInfo, ...]
-    """The good cases, sorted by id."""
-    median_shape: tuple[int, ...]
-    """Along the model's axes (`MODEL_ORIENTATION`; row, column for pictures)."""
-    median_spacing_mm: tuple[float, ...]
-    """Along the model's axes."""
-    intensity: tuple[ChannelStats, ...]
-    """Per channel, over foreground voxels of all cases, equally many of each."""
-    quarantine: tuple[Problem, ...] = ()
-    """Cases left out (`on_bad_case="skip"`)."""
-    structures: Mapping[str, tuple[str, ...]] | None = None
-    """Class name → the structures of DICOM annotations that mean it; None where labels are files."""
-    left_out: tuple[str, ...] = ()
-    """What lies in the folder and is no case, in words."""
-
-    @property
-    def modality(self) -> str | None:
-        """The modality of all cases; None where they differ or the files do not tell."""
-        modalities = {case.modality for case in self.cases}
-        return modalities.pop() if len(modalities) == 1 else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return {**asdict(self), "labels": self.labels.to_json()}
 
 
 @dataclass(frozen=True)
@@ -141,11 +58,13 @@ def survey(
     folder: DataFolder,
     declared_labels: Mapping[str, Any] | None = None,
     *,
+    regions_order: Sequence[str] | None = None,
     num_threads: int,
     progress: Progress | None = None,
     on_bad_case: Literal["error", "skip"] = "error",
-    training: Collection[str] | None = None,
+    training: Callable[[Sequence[CaseInfo]], Collection[str]] | None = None,
     reading: Reading = STRICT,
+    store: Store | None = None,
 ) -> Survey:
     """Read every case once, check it, and take its statistics.
 
@@ -153,17 +72,20 @@ def survey(
         folder: as `find_cases` gives it, with labels.
         declared_labels: class names → values as the user writes them; they win over those of a dataset.json, and
             these over the values that are found. Of a tree of DICOM files `folder.structures` holds them already.
+        regions_order: names of the regions in the order in which predictions paint them (`Labels.from_mapping`).
         num_threads: cases that are read at a time; memory holds as many.
         progress: called with (cases read, cases in all).
         on_bad_case: "skip" leaves bad cases out and lists them in `Survey.quarantine`.
-        training: ids of the cases that medians and intensities are taken from; all by default.
+        training: chooses the cases that medians and intensities are taken from; all by default. It is given the good
+            cases and gives ids back: folds are balanced by what only reading tells.
         reading: what is asked of the readers beyond their strict defaults.
+        store: where what was read of unchanged files is found and kept, and decoded cases wait to be prepared.
     Raises:
         MedsegError: the one problem, or all of them in one table; E_LABEL, E_CHANNELS or E_MIXED where cases do not
             fit together.
     """
-    declared, labels_from = _declared(folder, declared_labels)
-    readings, problems = _read_all(folder, declared, num_threads, reading, progress)
+    declared, labels_from = _declared(folder, declared_labels, regions_order)
+    readings, problems = _read_all(folder, declared, num_threads, reading, store or Store(None), progress)
     if declared is not None:
         problems.update(_undeclared(readings.values(), declared))
     all_bad = all(case.case_id in problems for case in folder.cases)
@@ -183,12 +105,14 @@ def survey(
             remedy="check the label files and the values in data.labels",
         )
     channels = len(infos[0].intensity)
-    seen = [r for r in good if training is None or r.info.case_id in training]
+    chosen = {info.case_id for info in infos} if training is None else set(training(infos))
+    seen = [r for r in good if r.info.case_id in chosen]
+    names = folder.channels or tuple(f"channel {number}" for number in range(channels))
     return Survey(
         layout=folder.layout,
         spatial_dims=len(infos[0].shape),
         num_channels=channels,
-        channel_names=folder.channels or tuple(f"channel {number}" for number in range(channels)),
+        channel_names=names,
         labels=labels,
         labels_from=labels_from,
         cases=infos,
@@ -198,37 +122,43 @@ def survey(
         quarantine=tuple(Problem(i, str(e.code), e.message) for i, e in sorted(problems.items())),
         structures=folder.structures.classes if folder.structures else None,
         left_out=folder.left_out,
+        anomalies=find_anomalies(infos, labels, names),
     )
 
 
-def _declared(folder: DataFolder, declared_labels: Mapping[str, Any] | None) -> tuple[Labels | None, str]:
+def _declared(
+    folder: DataFolder, declared_labels: Mapping[str, Any] | None, regions_order: Sequence[str] | None
+) -> tuple[Labels | None, str]:
     """The label table as somebody declares it, and who."""
     if folder.structures is not None:
         return folder.structures.labels, "data.labels" if folder.structures.is_declared else "structures found"
     if declared_labels:
-        return Labels.from_mapping(declared_labels), "data.labels"
-    if folder.labels is None:
-        return None, "values found"
-    table = folder.labels
-    several = [name for name, value in table.items() if isinstance(value, (list, tuple)) and len(value) > 1]
-    if "ignore" in table or several:
+        return Labels.from_mapping(declared_labels, regions_order=regions_order), "data.labels"
+    if folder.labels is not None:
+        return Labels.from_mapping(folder.labels, regions_order=regions_order), "dataset"
+    if regions_order is not None:
         raise MedsegError(
             Code.LABEL,
-            "regions and ignored voxels (nnU-Net) are not supported; every voxel has one class",
-            where="labels of the data set",
-            got=table,
-            remedy="declare the classes as data.labels={name: value or list of values}, each value once",
+            "an order of regions, but nobody says which values they are made of",
+            where="data.regions_order",
+            got=list(regions_order),
+            remedy="declare them: data.labels={tumour: [1, 2], core: 2}",
         )
-    return Labels.from_mapping(table), "dataset"
+    return None, "values found"
 
 
 def _read_all(
-    folder: DataFolder, declared: Labels | None, num_threads: int, reading: Reading, progress: Progress | None
+    folder: DataFolder,
+    declared: Labels | None,
+    num_threads: int,
+    reading: Reading,
+    store: Store,
+    progress: Progress | None,
 ) -> tuple[dict[str, _CaseRead], dict[str, MedsegError]]:
     readings: dict[str, _CaseRead] = {}
     problems: dict[str, MedsegError] = {}
     with ThreadPoolExecutor(num_threads) as pool:
-        running = {pool.submit(_read, case, folder, declared, reading): case for case in folder.cases}
+        running = {pool.submit(_read, case, folder, declared, reading, store): case for case in folder.cases}
         try:
             for done, future in enumerate(as_completed(running), start=1):
                 case_id = running[future].case_id
@@ -247,13 +177,26 @@ def _read_all(
     return readings, problems
 
 
-def _read(case: Case, folder: DataFolder, declared: Labels | None, reading: Reading) -> _CaseRead:
-    """Read one case; its arrays are gone when this returns."""
+def _read(case: Case, folder: DataFolder, declared: Labels | None, reading: Reading, store: Store) -> _CaseRead:
+    """What remains of a case, from the store or from its files."""
+    settings = {
+        "channels": folder.channels,
+        "declared": None if declared is None else asdict(declared),
+        "structures": repr(folder.structures),
+    }
+    return remembered(
+        _CaseRead, lambda: _decode(case, folder, declared, reading, store), store, case, settings, reading
+    )
+
+
+def _decode(case: Case, folder: DataFolder, declared: Labels | None, reading: Reading, store: Store) -> _CaseRead:
+    """Read one case. Its arrays are left to `store.decoded`, where they wait to be prepared."""
     image = load_image(case, channels=folder.channels, reading=reading)
     drawn = load_label_values(case, image.grid, reading)
     if folder.structures is not None:
         refuse_overlap(drawn.notes, case.case_id, folder.structures)
     label = integer_values(drawn.array, where=case.case_id)
+    store.decoded.keep(case.case_id, image, drawn)
     values, counts = np.unique(label, return_counts=True)
     foreground = np.isin(label, [v for v in values if _is_foreground(int(v), declared)])
     num_foreground = int(foreground.sum())
@@ -276,6 +219,7 @@ def _read(case: Case, folder: DataFolder, declared: Labels | None, reading: Read
         modality=image.modality,
         label_voxels=(),
         intensity=stats,
+        nonzero_shape=_nonzero_shape(image.array),
         notes=tuple(dict.fromkeys((*image.notes, *drawn.notes))),
     )
     pooled = sample[:, : POOLED_VOXELS if num_foreground else 0].copy()
@@ -283,9 +227,21 @@ def _read(case: Case, folder: DataFolder, declared: Labels | None, reading: Read
     return _CaseRead(info, voxels_of_value, grid.shape, grid.spacing_mm, pooled)
 
 
+def _nonzero_shape(array: NDArray[Any]) -> tuple[int, ...]:
+    """Size of the box of nonzero voxels of (C, *S) along each axis; S where there are none."""
+    nonzero = (array != 0).any(axis=0)
+    lengths = []
+    for axis in range(nonzero.ndim):
+        along = np.flatnonzero(nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis)))
+        lengths.append(int(along[-1] - along[0] + 1) if len(along) else nonzero.shape[axis])
+    return tuple(lengths)
+
+
 def _is_foreground(value: int, declared: Labels | None) -> bool:
     if declared is None:
         return value != 0
+    if value in declared.ignore:
+        return False
     background = declared.values[0]
     return value not in background if background else any(value in values for values in declared.values[1:])
 
@@ -352,9 +308,10 @@ def _labels_of_values(readings: Sequence[_CaseRead]) -> Labels:
 def _with_classes(reading: _CaseRead, labels: Labels) -> CaseInfo:
     """The case with its voxels counted by class."""
     values = list(reading.voxels_of_value)
-    counts = np.zeros(labels.num_classes, dtype=np.int64)
+    counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
     np.add.at(counts, labels.to_index(np.array(values)), [reading.voxels_of_value[value] for value in values])
-    return replace(reading.info, label_voxels=tuple(int(n) for n in counts))
+    label_voxels = tuple(int(n) for n in counts[: labels.num_classes])
+    return replace(reading.info, label_voxels=label_voxels, ignored_voxels=int(counts[IGNORE_INDEX]))
 
 
 def _raise_problems(problems: Mapping[str, MedsegError], num_cases: int, *, can_skip: bool) -> None:

@@ -25,7 +25,7 @@ class Augmenter:
         config: what is varied.
         patch_size: P.
         spacing_mm: voxel size along the patch's axes: rotations are rigid in mm, not in voxels.
-        is_picture: 2D pictures without orientation.
+        is_picture: 2D pictures without orientation. Patches of one slice of a volume are turned like them.
         mirroring: which axes are mirrored, and which classes change places.
         seed: of everything that is drawn.
     """
@@ -42,11 +42,13 @@ class Augmenter:
     ) -> None:
         self.config, self.patch_size, self.mirroring, self.seed = config, patch_size, mirroring, seed
         self.is_picture = is_picture
+        is_slice = len(patch_size) == 3 and patch_size[0] == 1
         is_thick = len(spacing_mm) == 3 and max(spacing_mm) > THICK * min(spacing_mm)
-        self.thick_axis = spacing_mm.index(max(spacing_mm)) if is_thick else None
+        self.thick_axis = 0 if is_slice else spacing_mm.index(max(spacing_mm)) if is_thick else None
         degrees = config.rotation_degrees
         if degrees is None:
-            degrees = 30.0 if not is_picture else 15.0 if max(patch_size) > LONG * min(patch_size) else 180.0
+            height, width = sorted(patch_size[-2:])
+            degrees = 30.0 if not (is_picture or is_slice) else 15.0 if width > LONG * height else 180.0
         self.angle = math.radians(degrees)
         self.mover = Mover(config, spacing_mm, self.angle, self.thick_axis, mirroring.axes)
         self._swapped = torch.tensor([*mirroring.classes, *range(len(mirroring.classes), 256)], dtype=torch.uint8)

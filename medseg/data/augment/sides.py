@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medseg.data.augment.config import AugmentConfig
 from medseg.errors import Code, MedsegError
 
@@ -25,34 +28,67 @@ class Mirroring:
         axes: axes of the patch.
         side_axis: the axis that runs from one side of the patient to the other.
         classes: what class index c becomes when `side_axis` is mirrored; () where no classes change places.
+        outputs: the same for the outputs of a network where they are regions; () where they are the classes.
     """
 
     axes: tuple[int, ...] = ()
     side_axis: int | None = None
     classes: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, axes: tuple[int, ...], swap: Mapping[str, str], names: Sequence[str], orientation: str, spatial_dims: int
+        cls,
+        axes: tuple[int, ...],
+        swap: Mapping[str, str],
+        names: Sequence[str],
+        orientation: str,
+        spatial_dims: int,
+        *,
+        membership: NDArray[np.bool_] | None = None,
     ) -> Mirroring:
         """From what a bundle holds.
 
         Args:
             axes: that are mirrored.
-            swap: classes that change places, each pair once.
-            names: of all classes, in order.
+            swap: classes or regions that change places, each pair once.
+            names: of the background, then of all classes or regions, in order.
             orientation: of the model's axes ("SPL"); "" for pictures, whose columns run from side to side.
             spatial_dims: 2 or 3; of an oriented model with 2 the last two axes count.
+            membership: of regions: which of them a class lies in, shape (number of classes, number of regions).
+        Raises:
+            MedsegError: E_CONFIG where a part of a region has no counterpart.
         """
         lettered = [axis for axis, letter in enumerate(orientation[-spatial_dims:]) if letter in "LR"]
         side_axis = lettered[0] if lettered else None if orientation else spatial_dims - 1
         order = {**swap, **{b: a for a, b in swap.items()}}
-        classes = tuple(names.index(order.get(name, name)) for name in names) if swap else ()
-        return cls(axes, side_axis, classes)
+        if not swap:
+            return cls(axes, side_axis)
+        order_of_names = tuple(names.index(order.get(name, name)) for name in names)
+        if membership is None:
+            return cls(axes, side_axis, order_of_names)
+        outputs = tuple(index - 1 for index in order_of_names[1:])  # the background is no region
+        return cls(axes, side_axis, _mirrored_classes(membership, outputs, names[1:]), outputs)
 
     def swaps(self, flips: Sequence[int]) -> bool:
         """Whether classes change places when these axes are mirrored."""
         return bool(self.classes) and self.side_axis in flips
+
+
+def _mirrored_classes(membership: NDArray[np.bool_], outputs: tuple[int, ...], names: Sequence[str]) -> tuple[int, ...]:
+    """What each class becomes where regions change places: the class that lies in the counterparts of its regions."""
+    rows = [tuple(row) for row in membership.tolist()]
+    wanted = [tuple(row) for row in membership[:, list(outputs)].tolist()]
+    alone = next((row for row in wanted if row not in rows), None)
+    if alone is not None:
+        raise MedsegError(
+            Code.CONFIG,
+            "regions that change places need the same parts on both sides",
+            where="augment.swap",
+            got=f"no voxel can lie in {' and '.join(n for n, is_in in zip(names, alone, strict=True) if is_in)} alone",
+            remedy="name all pairs in augment.swap, or set augment.swap={} for none",
+        )
+    return tuple(rows.index(row) for row in wanted)
 
 
 def mirrored_axes(

@@ -29,8 +29,8 @@ def initialise(network: nn.Module, activation: Activation, *, negative_slope: fl
     """
     gain = initial_gain(activation, negative_slope=negative_slope)
     for layer in network.modules():
-        if not isinstance(layer, _CONVOLUTIONS + _TRANSPOSED):
-            continue
+        if not isinstance(layer, _CONVOLUTIONS + _TRANSPOSED) or layer.weight.is_meta:
+            continue  # weights without values: torch would load its compiler, for two seconds, to draw none
         strides = layer.stride if isinstance(layer, _TRANSPOSED) else (1,) * len(layer.kernel_size)
         places = math.prod(math.ceil(k / s) for k, s in zip(layer.kernel_size, strides, strict=True))
         nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_channels * places))

@@ -84,5 +84,7 @@ def make_skip(name: Skip, up_channels: int, across_channels: int, *, stage: int)
 def centre_crop(x: Tensor, size: torch.Size) -> Tensor:
     """The middle of (N, C, *spatial) with the given spatial size; a view."""
     for dim, length in enumerate(size, start=2):
-        x = x.narrow(dim, (x.shape[dim] - length) // 2, length)
+        # The gradient of a cut is a map of zeros with a copy in it, and not in channels-last: not where nothing is cut.
+        if x.shape[dim] != length:
+            x = x.narrow(dim, (x.shape[dim] - length) // 2, length)
     return x

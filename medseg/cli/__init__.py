@@ -1,0 +1,102 @@
+"""The verbs, one module each. Nothing heavy is imported before the verb is known: `medseg --help` must answer at once.
+
+A new verb is a module with a click command, whose function imports what it needs, and a name in `VERBS`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from medseg import __version__
+from medseg.cli.compare import compare
+from medseg.cli.convert import convert
+from medseg.cli.demo import demo
+from medseg.cli.evaluate import evaluate
+from medseg.cli.inspect import inspect
+from medseg.cli.predict import predict
+from medseg.cli.select import select
+from medseg.cli.train import plan, train
+from medseg.errors import MedsegError
+
+VERBS = (inspect, convert, plan, train, select, predict, evaluate, compare, demo)
+"""In the order of use."""
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+HELP = """From a folder of medical scans to a trained, validated, usable segmentation model.
+
+\b
+  medseg demo                                     the whole way on a phantom, in minutes
+  medseg inspect FOLDER                           what lies in a folder of DICOM or images, and what is wrong
+  medseg convert SERIES scan.nii.gz               DICOM, SEG and RTSTRUCT to NIfTI, and labels back to DICOM
+  medseg plan data.root=FOLDER                    what a training would do with your cases, and why
+  medseg train data.root=FOLDER                   train on them
+  medseg select RUN RUN... -o ENSEMBLE            compare runs, and put the best ones together
+  medseg predict RUN SCAN... -o OUT               label scans the model has never seen
+  medseg evaluate PREDICTIONS REFERENCES -o OUT   honest numbers, per case and class
+  medseg compare SCORES SCORES                    which of two models is better, and whether that is chance
+
+For research use only; not a medical device."""
+
+
+class Verbs(click.Group):
+    """Verbs in the order of use, not of the alphabet."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names of the verbs."""
+        return list(self.commands)
+
+
+@click.group(cls=Verbs, help=HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, "--version", prog_name="medseg")
+def cli() -> None:
+    """The program."""
+
+
+for verb in VERBS:
+    cli.add_command(verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run a verb; refusals become a message and exit status 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["-sc"]:
+            _complete(arguments)
+        else:
+            cli.main(args=arguments, prog_name="medseg", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MedsegError as error:
+        _show(error)
+        sys.exit(EXIT_REFUSED)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _show(error: MedsegError) -> None:
+    first, *rest = str(error).splitlines()
+    click.secho(first, fg="red", bold=True, err=True)
+    for line in rest:
+        click.echo(line, err=True)
+
+
+def _complete(arguments: Sequence[str]) -> None:
+    """Shell completion: Hydra's script asks `medseg -sc query=SHELL` with the line in COMP_LINE."""
+    words = os.environ.get("COMP_LINE", "").split(" ")
+    if len(words) > 2 and words[1] in (plan.name, train.name):
+        from medseg.config import run_hydra
+
+        os.environ["COMP_LINE"] = " ".join([words[0], *words[2:]])
+        run_hydra(words[1], arguments, lambda experiment, folder: None)
+    else:
+        typed = words[1] if len(words) > 1 else ""
+        click.echo(" ".join(name for name in cli.commands if name.startswith(typed)))

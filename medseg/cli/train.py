@@ -1,0 +1,64 @@
+"""medseg plan and medseg train: the verbs that speak Hydra's key=value."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""Of the log in a run's folder, as in configs/train.yaml."""
+PLAN_HELP = """Plan without training: `medseg plan key=value ...` (Hydra, any key of train).
+
+Reads the cases once and says what a training would do with them and why, and which cases are unlike the rest.
+Writes plan.yaml (edit it, then: medseg train plan=FOLDER) and survey.json.
+
+`medseg plan --help` shows the groups, all keys and examples."""
+HYDRA = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+TRAIN_HELP = """Train a model: `medseg train key=value ...` (Hydra).
+
+`medseg train --help` shows the groups, all keys and examples."""
+
+
+@click.command(
+    "plan",
+    help=PLAN_HELP,
+    short_help="Say what a training would do with a folder of cases, and why.",
+    add_help_option=False,
+    context_settings=HYDRA,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def plan(arguments: tuple[str, ...]) -> None:
+    """Compose the configuration as Hydra does and plan."""
+    from medseg.config import run_hydra
+    from medseg.training.plan_data import plan_data
+
+    run_hydra("plan", arguments, plan_data)
+
+
+@click.command(
+    "train",
+    help=TRAIN_HELP,
+    short_help="Train a model on a folder of cases.",
+    add_help_option=False,
+    context_settings=HYDRA,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def train(arguments: tuple[str, ...]) -> None:
+    """Compose the configuration as Hydra does and train."""
+    from medseg.config import resumed, run_hydra
+    from medseg.training.train import train as train_model
+
+    to_resume = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
+    if to_resume:
+        run = Path(to_resume[-1]).expanduser().absolute()
+        experiment = resumed(run, [a for a in arguments if not a.startswith("resume=")])
+        logging.basicConfig(filename=run / "train.log", level=logging.INFO, format=LOG_FORMAT)
+        train_model(experiment, run)
+    else:
+        run_hydra("train", arguments, train_model)
