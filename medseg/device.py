@@ -17,7 +17,7 @@ from medseg.errors import Code, MedsegError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's parameters of `mallopt` (malloc.h)."""
-_LARGEST = 2**31 - 1
+_LARGEST = (2**31 - 1, 2**25)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -88,7 +88,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has none
         return False
-    return all([mallopt(_MMAP_THRESHOLD, _LARGEST), mallopt(_TRIM_THRESHOLD, -1)])
+    # Older versions take no more than 32 MiB. Without the first the second would do harm: it ends glibc's own rule, by
+    # which blocks are kept once they were freed.
+    return any(mallopt(_MMAP_THRESHOLD, largest) for largest in _LARGEST) and bool(mallopt(_TRIM_THRESHOLD, -1))
 
 
 def explicit_padding(device: torch.device) -> AbstractContextManager[Any]:

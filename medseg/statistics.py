@@ -115,6 +115,7 @@ def _bca(drawn: FloatArray, mean: float, without: FloatArray, level: float) -> t
     below = (np.count_nonzero((drawn < mean) & ~near) + np.count_nonzero(near) / 2) / len(drawn)
     bias = stats.norm.ppf(min(max(below, 1 / len(drawn)), 1 - 1 / len(drawn)))
     skew = without.mean() - without
+    skew /= np.abs(skew).max()  # the acceleration has no unit; cubes of tiny numbers would be 0
     acceleration = (skew**3).sum() / (6 * (skew**2).sum() ** 1.5)
     tails = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
     low, high = np.quantile(drawn, stats.norm.cdf(bias + tails / (1 - acceleration * tails)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -13,6 +14,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medseg.data.cases import Case, find_cases, find_inputs, load_image, load_label
 from medseg.errors import Code, MedsegError
+from medseg.formats import open_volume
 from medseg.labels import Labels
 
 AFFINE = np.array([[2.0, 0, 0, 10], [0, 3, 0, -20], [0, 0, 4, 30], [0, 0, 0, 1]])
@@ -399,6 +401,16 @@ def test_inputs_that_are_refused(tmp_path: Path) -> None:
 
 
 # arrays
+
+
+def test_channels_of_several_modalities_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CT and PET as channels are not CT: each of them would be clipped and scaled as one."""
+    case = Case("a", (nifti(tmp_path / "0.nii", ramp()), nifti(tmp_path / "1.nii", ramp())), None)
+    for told, expected in ((("CT", "PT"), None), (("CT", "CT"), "CT"), ((None, None), None)):
+        answers = iter(told)
+        opened = lambda *a, answers=answers, **k: replace(open_volume(*a, **k), modality=next(answers))  # noqa: E731
+        monkeypatch.setattr("medseg.data.cases.open_volume", opened)
+        assert load_image(case, num_channels=2).modality == expected
 
 
 def test_channels_are_stacked_in_order(tmp_path: Path) -> None:

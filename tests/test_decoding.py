@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import peak
 import pytest
 import torch
 
@@ -112,8 +113,9 @@ def test_probabilities_in_a_file_without_a_name(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-MEMORY = """
-import resource, sys
+MEMORY = (
+    peak.IMPORT
+    + """
 import numpy as np, torch
 from medseg.inference.predictor import decode
 from medseg.labels import Labels
@@ -123,10 +125,11 @@ labels = Labels.from_mapping({f"c{i}": i for i in range(30)})
 small, scan = Grid((40, 40, 40), np.eye(4)), Grid((256, 256, 256), np.eye(4))
 logits = torch.ones((30, 100, 100, 100), dtype=torch.float16)
 decode(logits[:, :20, :20, :20].contiguous(), small, labels, small)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 decode(logits, scan, labels, scan)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024) / 2**20)
+print((peak_bytes() - before) / 2**20)
 """
+)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="getrusage")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peak
 import pytest
 import torch
 
@@ -380,8 +381,9 @@ def test_predict_says_what_it_does(tiny_run, tmp_path: Path, capsys) -> None:
     assert "did you swap them?" in capsys.readouterr().err
 
 
-MEMORY = """
-import resource, sys
+MEMORY = (
+    peak.IMPORT
+    + """
 import numpy as np, torch
 from medseg.inference.averaging import decode_mean
 from medseg.labels import Labels
@@ -392,10 +394,11 @@ scan = Grid((256, 192, 192), np.eye(4))
 small = Grid((16, 16, 16), np.eye(4))
 parts = [(torch.randn(12, 64, 64, 64), scan), (torch.randn(12, 48, 64, 64), scan)]
 decode_mean([(t[:, :8, :8, :8].contiguous(), small) for t, _ in parts], [.5, .5], labels, small)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 decode_mean(parts, [.5, .5], labels, scan)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_bytes() - before) / 2**20)
 """
+)
 
 
 def test_memory_is_bounded() -> None:

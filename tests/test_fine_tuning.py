@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ QUICK = ("trainer.device=cpu", "trainer.num_validations=1", "trainer.final_predi
 
 
 def fine_tune(data: Path, initial: Path, folder: Path, *overrides: str) -> TrainResult:
-    experiment = compose("train", [f"data.root='{data}'", f"trainer.initial='{initial}'", *QUICK, *overrides])
+    same_split = "data.split.num_folds=2"  # as the run that it begins with: its validation cases are not seen
+    settings = [f"data.root='{data}'", f"trainer.initial='{initial}'", same_split, *QUICK, *overrides]
+    experiment = compose("train", settings)
     with (folder.parent / f"{folder.name}.txt").open("w") as log:
         return train(experiment, folder, Console(file=log, width=500))
 
@@ -41,6 +44,15 @@ def test_a_run_begins_where_another_ended(tiny_run, tmp_path: Path) -> None:
         assert new.plan.reasons[name] == REASON, name
     events = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
     assert str(tiny_run.run).encode() not in events
+
+
+def test_cases_that_trained_the_other_run_do_not_validate(tiny_run, tmp_path: Path) -> None:
+    with pytest.raises(MedsegError, match=r"(?s)E_LEAK.*2 cases.*data.split.file=.*split.json"):
+        fine_tune(tiny_run.data, tiny_run.run, tmp_path / "run", "fold=1")
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run.data, copy)
+    fine_tune(copy, tiny_run.run, tmp_path / "elsewhere", "fold=1")
+    assert "2 ids that validate or test trained that run" in (tmp_path / "elsewhere.txt").read_text()
 
 
 def test_a_key_wins_over_what_is_taken_over(tiny_run, tmp_path: Path) -> None:

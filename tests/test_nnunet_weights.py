@@ -275,6 +275,18 @@ def change(path: str, value: Any) -> Callable[[Golden], None]:
         ("residual_3d", change("configuration.architecture.arch_kwargs.block", "BottleneckD"), Code.MODEL, "block"),
         ("residual_3d", change("configuration.normalization_schemes", ["MyNorm"] * 2), Code.MODEL, "MyNorm"),
         ("residual_3d", change("configuration.use_mask_for_norm", [True, False]), Code.MODEL, "use_mask_for_norm"),
+        (
+            "residual_3d",
+            change("configuration.resampling_fn_data", "resample_torch_fornnunet"),
+            Code.MODEL,
+            "by resample_torch",
+        ),
+        (
+            "plain_3d",
+            change("configuration.resampling_fn_probabilities_kwargs", {"order": 0}),
+            Code.MODEL,
+            "probabilities by",
+        ),
         ("residual_3d", change("configuration.preprocessor_name", "Mine"), Code.MODEL, "Mine"),
         ("residual_3d", change("plans.image_reader_writer", "Tiff3DIO"), Code.MODEL, "Tiff3DIO"),
         ("residual_2d", change("plans.image_reader_writer", "SimpleITKIO"), Code.MODEL, "2D networks of volumes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -51,6 +52,28 @@ def refused(capsys: pytest.CaptureFixture[str], data: Path, *overrides: str) -> 
         main(["train", f"data.root='{data}'", *SMALL, *overrides])
     assert exit_.value.code == 2
     return capsys.readouterr().err
+
+
+def test_the_command_that_trains_by_a_plan_keeps_what_was_stated(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["plan", f"data.root='{data}'", "preset=M", "data.split.num_folds=2", "hydra.run.dir=planned"])
+    command = capsys.readouterr().out.split("then:")[1]
+    assert "preset=M" in command and "data.split.num_folds=2" in command and "hydra.run.dir" not in command
+    assert "E_CONFIG" in (error := refused(capsys, data, "plan=planned")) and "preset=M plan=planned" in error
+
+
+def test_a_plan_with_tiny_and_huge_numbers_is_read_back(tmp_path: Path) -> None:
+    from test_plan import found
+
+    from medseg.data.plan import PlanConfig, machine_for, make_plan
+    from medseg.data.plan.file import read_plan
+
+    survey = found((40, 40, 40), (1.0, 1.0, 1.0), "RAS")
+    plan = make_plan(survey, PlanConfig(), machine_for(survey, PlanConfig(), device="cpu"))
+    plan = dataclasses.replace(plan, intensity=((-1e16, 1e17, 0.0, 1e-8),))
+    plan.write(tmp_path / "plan.yaml")
+    assert dataclasses.replace(read_plan(tmp_path / "plan.yaml"), reasons=plan.reasons) == plan
 
 
 def test_plan_says_why_and_trains_nothing(

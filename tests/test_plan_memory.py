@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peak
 import pytest
 import yaml
 from test_plan import found
@@ -16,12 +17,14 @@ from medseg.errors import Code, MedsegError
 from medseg.models import MODELS
 from medseg.phantom import write_phantoms
 
-TRAIN = """
-import resource, sys
+TRAIN = (
+    peak.IMPORT
+    + """
 from medseg.cli import main
 main(sys.argv[1:])
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print("PEAK", peak_bytes() / 2**30)
 """
+)
 
 
 def planned(config: PlanConfig, shape: tuple[int, ...] = (512, 512, 400), model: str = "unet") -> Plan:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import peak
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,15 +177,15 @@ def test_an_undeclared_class_is_refused() -> None:
 def test_memory_beside_input_and_result_is_a_few_slabs(array: str, call: str, most_mib: int) -> None:
     """What is added, the result (the first summand) included. In float32 the input of the first would take 53 MiB more
     and its first axes 69 and 86, each class of the others' results 103 and 64 and several of them at a time."""
-    program = f"""
-import resource, sys, torch
+    program = f"""{peak.IMPORT}
+import torch
 from medseg.resampling import resample, resample_labels
 torch.set_num_threads(2)
 resample(torch.ones(20, 20, 20), (33, 33, 33), order=3)
 array = {array}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 result = {call}
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024) / 2**20)
+print((peak_bytes() - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert float(done.stdout) <= most_mib

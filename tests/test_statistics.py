@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
@@ -21,6 +22,7 @@ from medseg.errors import MedsegError
 from medseg.labels import Labels
 from medseg.metrics.masks import State
 from medseg.reports.comparison import compare, print_comparison, read_metrics
+from medseg.reports.crossvalidation import CrossValidation
 from medseg.reports.evaluation import FOREGROUND, Evaluation, Row
 from medseg.statistics import agreement, bootstrap_means, holm, paired_test
 
@@ -80,6 +82,7 @@ def test_undefined_values_and_too_few() -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@example([0.0, 2.06e-112], 0.0, 1.0)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.floats(-5, 5), st.floats(0.1, 10))
 def test_intervals_move_with_the_values(values: list[float], shift: float, scale: float) -> None:
     (found,), (moved,) = (bootstrap_means(v, num_resamples=300) for v in (values, np.array(values) * scale + shift))
@@ -276,13 +279,45 @@ def test_verb_and_files(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
+def test_patients_come_through_the_files(tmp_path: Path) -> None:
+    """Twenty cases of four patients are four values of the test, and nobody's name stands in the file."""
+    patients = {f"c{i:02}": f"Doe^{i % 4}" for i in range(20)}
+    first, second = (evaluation(dice, patients=patients) for dice in (dice_of(1), dice_of(2, 0.05)))
+    known = compare(first, second)
+    assert (known.num_cases, known.num_patients, known.units) == (20, 4, "patients")
+    assert min(row.test.p for row in known.rows) >= 0.125 > compare(first, second, patients={}).rows[0].test.p
+    for name, one in (("a", first), ("b", second)):
+        one.write(tmp_path / name)
+    text = (tmp_path / "a" / "metrics.json").read_text()
+    assert "Doe" not in text and "from 4 patients" in json.loads(text)["warning"]
+    read = compare(read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b"))
+    assert [row.test.p for row in read.rows] == [row.test.p for row in known.rows]
+    assert read.to_json() == known.to_json()
+    unknown = compare(evaluation(dice_of(1)), evaluation(dice_of(2, 0.05)))
+    assert unknown.units == "cases" and "over cases" in unknown.to_json()["p"]
+    assert "from 20 cases" in (evaluation(dice_of(1)).to_json()["warning"] or "")
+
+
+def test_folds_keep_their_patients_apart() -> None:
+    parts = [
+        replace(evaluation(dice_of(n)), patients={f"c{i:02}": f"patient {i // 2}" for i in range(20)}) for n in (1, 2)
+    ]
+    parts[1] = replace(
+        parts[1],
+        rows=tuple(replace(row, case=f"d{row.case}") for row in parts[1].rows),
+        patients={f"d{case}": patient for case, patient in parts[1].patients.items()},
+    )
+    pooled = CrossValidation({0: parts[0], 1: parts[1]}).pooled
+    assert len(pooled.cases) == 40 and len(set(pooled.patients.values())) == 20
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_table_fits_its_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, record=True)
     print_comparison(compare(evaluation(dice_of(1)), evaluation(dice_of(2, 0.05))), console)
     text = console.export_text()
     assert "…" not in text.replace(" … ", "")
-    assert "from 20 patients" in text
+    assert "from 20 cases" in text
     rows = [line for line in text.splitlines() if line.rstrip().endswith("better")]
     assert len(rows) == 6 and rows[0].split()[:2] == ["liver", "Dice"] and rows[4].split()[0] == "mean"
 
@@ -303,7 +338,7 @@ def test_summaries_carry_intervals_and_volume_agreement(tmp_path: Path) -> None:
         document["summary"][FOREGROUND]["metrics"]["dice"]["low"]
         < document["summary"][FOREGROUND]["metrics"]["dice"]["mean"]
     )
-    assert "20 patients" in document["warning"]
+    assert "20 cases" in document["warning"]
     volumes = document["volume_agreement"]["spleen"]
     assert volumes["bias"] == pytest.approx(np.mean([1.0 + i / 10 for i in range(20)]))
     assert volumes["pearson"] == pytest.approx(1)

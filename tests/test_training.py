@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -19,9 +20,10 @@ import yaml
 from rich.console import Console
 
 from medseg.bundle import checkpoint_path, read_checkpoint
-from medseg.config import compose
+from medseg.config import compose, resumed
 from medseg.errors import MedsegError
 from medseg.formats import open_label, open_volume, write_image, write_label
+from medseg.training.loop import Loop
 from medseg.training.schedules import SCHEDULES
 from medseg.training.train import TrainResult, train
 from medseg.volume import Grid, Volume
@@ -226,6 +228,8 @@ def test_one_case_is_learnt_by_heart(tiny_run, tmp_path: Path) -> None:
     losses = [float(r["train_loss"]) for r in history(tmp_path / "run") if r["train_loss"]]
     assert losses[-1] < 0.1 * losses[0]
     assert result.best_dice > 0.95
+    again = train(resumed(tmp_path / "run", ["trainer.max_steps=401"]), tmp_path / "run", Console(file=io.StringIO()))
+    assert again.steps == 401  # the same cases on both sides are no leak where they were asked for
 
 
 def test_early_stopping(tiny_run, tmp_path: Path) -> None:
@@ -245,6 +249,31 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_run, tmp_path: Path, monkey
     with pytest.raises(MedsegError, match=r"(?s)E_NAN_LOSS.*step 1.*lower optimizer.lr"):
         run(tiny_run.data, tmp_path / "run", "trainer.max_steps=4")
     assert not checkpoint_path(tmp_path / "run", "best").exists()
+
+
+def test_without_overlays_and_out_of_patience(tiny_run, tmp_path: Path) -> None:
+    """A run that stopped early stays as it is when it is resumed."""
+    overrides = ["trainer.max_steps=40", "trainer.num_validations=20", "trainer.patience=1", "optimizer.lr=1e-12"]
+    run(tiny_run.data, tmp_path / "run", *overrides, "trainer.overlay_cases=0")
+    best = weights(tmp_path / "run", "best")
+    result = train(resumed(tmp_path / "run", []), tmp_path / "run", Console(file=io.StringIO()))
+    assert result.steps == 4
+    assert all(torch.equal(best[k], v) for k, v in weights(tmp_path / "run", "best").items())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is that of before the update: it can be finite where the weights are not any more."""
+    original = Loop.train_step
+
+    def spoiled(self: Loop, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        loss = original(self, step, image, label)
+        next(self.model.parameters()).data.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr("medseg.training.loop.Loop.train_step", spoiled)
+    with pytest.raises(MedsegError, match=r"(?s)E_NAN_LOSS.*weights are not finite.*step 1"):
+        run(tiny_run.data, tmp_path / "run", "trainer.max_steps=1")
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_time_budget(tiny_run, tmp_path: Path) -> None:

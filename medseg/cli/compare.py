@@ -31,8 +31,11 @@ def compare(first: Path, second: Path, output: Path | None, metrics: str | None)
     names = None if metrics is None else metric_names(metrics)
     result = comparison.compare(*(comparison.read_metrics(path) for path in (first, second)), names=names)
     console = Console()
-    console.print(f"\n[bold]{result.num_cases} cases[/bold]  first: {first}  second: {second}", highlight=False)
+    of_whom = f" of {result.num_patients} patients" if result.units == "patients" else ""
+    console.print(
+        f"\n{result.num_cases} cases{of_whom}  first: {first}  second: {second}", highlight=False, markup=False
+    )
     comparison.print_comparison(result, console)
     if output is not None:
         result.write(output)
-        console.print(f"written: {output}", highlight=False, soft_wrap=True)
+        console.print(f"written: {output}", highlight=False, soft_wrap=True, markup=False)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """Of the log in a run's folder, as in configs/train.yaml."""
@@ -38,7 +34,8 @@ def plan(arguments: tuple[str, ...]) -> None:
     from medseg.config import run_hydra
     from medseg.training.plan_data import plan_data
 
-    run_hydra("plan", arguments, plan_data)
+    stated = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    run_hydra("plan", arguments, lambda experiment, folder: plan_data(experiment, folder, stated=stated))
 
 
 @click.command(

@@ -31,6 +31,9 @@ PRESETS: dict[str, Preset] = {
 """Ours by what the names of its plans hold; all others count as nnU-Net's own."""
 RGB_INTENSITY = (0.0, 255.0, 0.0, 255.0)
 """Low and high clip, mean and deviation that map 0–255 to 0–1."""
+RESAMPLING = "resample_data_or_seg_to_shape"
+ORDERS = {"data": 3, "probabilities": 1}
+"""How nnU-Net resamples, and so medseg: the orders of its splines."""
 ANY_INTENSITY = (0.0, 1.0, 0.0, 1.0)
 """Stands where the z-score of each image needs none."""
 
@@ -88,6 +91,7 @@ def plan_of(
     preprocessor = configuration.get("preprocessor_name", "DefaultPreprocessor")
     if preprocessor != "DefaultPreprocessor":
         raise refused(f"models with the preprocessor {preprocessor}", PLANS_FILE)
+    _refuse_resampling(configuration)
     spacing = tuple(float(s) for s in configuration["spacing"])
     patch = tuple(int(p) for p in configuration["patch_size"])
     if {len(spacing), len(patch)} != {dims}:
@@ -124,6 +128,16 @@ def plan_of(
         memory_gb=0.0,
         reasons=reasons,
     )
+
+
+def _refuse_resampling(configuration: Mapping[str, Any]) -> None:
+    """Only nnU-Net's own resampling is what medseg does: the network of another one saw other images."""
+    for of in ("data", "probabilities"):
+        function = configuration.get(f"resampling_fn_{of}", RESAMPLING)
+        settings = {"order_z": 0, "force_separate_z": None, **configuration.get(f"resampling_fn_{of}_kwargs", {})}
+        stated = (function, settings.get("order", ORDERS[of]), settings["order_z"], settings["force_separate_z"])
+        if stated != (RESAMPLING, ORDERS[of], 0, None):
+            raise refused(f"models that resample {of} by {function} {settings}", PLANS_FILE)
 
 
 def _picture_axes(reader: str, spacing: tuple[float, ...], orientation: str | None) -> tuple[str, str]:

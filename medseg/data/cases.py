@@ -181,9 +181,12 @@ def load_image(
             got=f"{len(array)} from {len(case.images)} file(s)",
             remedy="give the case all its channels, in the order of the training data",
         )
-    modality = first.modality or ("CT" if {name.upper() for name in channels or ()} == {"CT"} else None)
+    told = {volume.modality for volume in volumes}
+    modality = (told.pop() if len(told) == 1 else None) or (
+        "CT" if {name.upper() for name in channels or ()} == {"CT"} else None
+    )
     notes = tuple(dict.fromkeys(note for volume in volumes for note in volume.notes))
-    return Volume(np.ascontiguousarray(array, dtype=np.float32), first.grid, modality, notes)
+    return Volume(np.ascontiguousarray(array, dtype=np.float32), first.grid, modality or None, notes)
 
 
 def load_label(case: Case, labels: Labels, image_grid: Grid, reading: Reading = STRICT) -> Volume:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,7 +179,7 @@ def settings_of(plan: Plan, labels: Labels) -> dict[str, Any]:
         "intensity": [i if n == "ct" else None for n, i in zip(plan.normalisation, plan.intensity, strict=True)],
         "mask": plan.mask_normalisation and "z-score" in plan.normalisation,
         "blocks": block_edges(plan.patch_size),
-        "labels": asdict(labels),
+        "labels": [labels.values, labels.regions, labels.ignore],  # names change no voxel
     }
 
 

@@ -2,7 +2,8 @@
 
 **Keys.** An entry's name is the SHA-256 of everything that it follows from: the bytes of all files of the case, what
 is asked of the readers, the label table, the settings of the plan that shape it, and medseg's own code that reads and
-prepares. Whatever changes, the key changes: an entry is never stale, only useless. Names tell nothing of the patient.
+prepares, with the versions of the libraries that it uses. Whatever changes, the key changes: an entry is never stale,
+only useless. Names tell nothing of the patient.
 
 **Entries** are folders. They are written under another name and moved to their own once they are whole, so that
 processes that prepare at the same time, and processes that are killed, leave whole entries or none. Nothing is forced
@@ -28,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ It holds the voxels of the cases: protect it like the data.
 """
 _TEMPORARY = ".new-"
 _READ_BYTES = 1 << 20
+_LIBRARIES = ("numpy", "scipy", "torch", "nibabel", "pydicom", "pyjpegls", "python-gdcm", "pillow")
+"""What decodes and resamples."""
 _CODE = ("formats", "data", "labels.py", "resampling.py", "volume.py")
 """What of medseg decides what entries hold."""
 
@@ -109,7 +113,10 @@ class Store:
 
     def is_unchanged(self, case: Case) -> bool:
         """Whether the case's files are, by size and time, those that its key was made of."""
-        return self._digests[case.case_id][1] == _stamps(case)
+        try:
+            return self._digests[case.case_id][1] == _stamps(case)
+        except OSError:  # a file is gone
+            return False
 
     def read(self, key: str, case_id: str) -> Entry | None:
         """An entry whose files are all there and whole; None where there is none. Damage is noted in `damaged`."""
@@ -248,11 +255,19 @@ def code_digest() -> str:
     """SHA-256 of the parts of medseg that read and prepare cases: a new version prepares anew."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
+    digest.update(repr([(name, _version(name)) for name in _LIBRARIES]).encode())
     for name in _CODE:
         part = package / name
         for path in sorted(part.rglob("*.py")) if part.is_dir() else [part]:
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a codec that is an extra
+        return None
 
 
 def _stamps(case: Case) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ BLOCK = {2: 128, 3: 32}
 """Edge of a block in voxels, by number of axes: what is decompressed at a time. Half a usual patch."""
 LEVEL = 1
 """Of Zstandard; measured: level 3 is three times slower and saves nothing."""
+_WIDEST = 2**30
 MAX_OPEN = 128
 """Arrays that are kept open at a time: each holds a file of the few (often 1024) that a process may have."""
 
@@ -50,6 +51,8 @@ def rounded(image: NDArray[np.float32]) -> tuple[NDArray[np.integer[Any]], tuple
         deviation = float(values.std(dtype=np.float64)) if values.size <= 1 << 22 else _deviation(values)
         scale = min(deviation, 1.0) or min(largest / 32, 1.0) or 1.0  # a constant image has no deviation
         step = 2.0 ** (math.floor(math.log2(scale))) / STEPS_PER_UNIT
+        if largest / step > _WIDEST:  # quantities without a normalisation: 30 bits are more than float32 holds
+            step = 2.0 ** math.ceil(math.log2(largest / _WIDEST))
         values *= np.float32(1 / step)
         np.rint(values, out=values)
         if wide is None and largest / step > np.iinfo(np.int16).max:

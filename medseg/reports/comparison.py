@@ -78,12 +78,14 @@ class Comparison:
         frame: of the cases' grids, for units.
         num_cases: cases that both have.
         num_patients: patients that they are from; as many as cases where nothing is known of patients.
+        units: what is drawn and ranked: "patients", or "cases" where nothing is known of patients.
     """
 
     rows: tuple[Compared, ...]
     frame: str
     num_cases: int
     num_patients: int
+    units: str
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values; NaN becomes None."""
@@ -91,8 +93,8 @@ class Comparison:
             "medseg": __version__,
             "num_cases": self.num_cases,
             "num_patients": self.num_patients,
-            "difference": "second minus first; interval: BCa bootstrap over patients",
-            "p": "Wilcoxon's signed-rank test over patients, two-sided; p_holm: corrected for all rows",
+            "difference": f"second minus first; interval: BCa bootstrap over {self.units}",
+            "p": f"Wilcoxon's signed-rank test over {self.units}, two-sided; p_holm: corrected for all rows",
             "effect": "matched-pairs rank-biserial correlation",
             "level": LEVEL,
             "rows": [
@@ -164,7 +166,7 @@ def compare(
         first: of one model.
         second: of the other.
         names: metrics to compare; by default all that rank and that both have.
-        patients: case id → patient; by default every case is a patient of its own.
+        patients: case id → patient; by default as the evaluations know them. A case without one is one of its own.
     Raises:
         MedsegError: E_UNPAIRED if cases, classes, units, tolerance or references differ, E_NAME for a metric that one
             of them does not have.
@@ -181,7 +183,8 @@ def compare(
             remedy="evaluate again with --metrics",
         )
     cases = first.cases
-    of_case = [patients.get(case, case) if patients else case for case in cases]
+    known = patients if patients is not None else first.patients or second.patients
+    of_case = [known.get(case, case) for case in cases]
     tables = [_values(evaluation, cases, chosen) for evaluation in (first, second)]
     for metric in chosen:
         _settle(tables, metric)
@@ -200,7 +203,7 @@ def compare(
             found.append((name, metric, int(defined.sum()), (means[0], means[1]), test))
     corrected = holm([test.p for *_, test in found])
     rows = tuple(Compared(*row, float(p)) for row, p in zip(found, corrected, strict=True))
-    return Comparison(rows, first.frame, len(cases), len(set(of_case)))
+    return Comparison(rows, first.frame, len(cases), len(set(of_case)), "patients" if known else "cases")
 
 
 _Values = dict[tuple[str, str], dict[str, float]]
@@ -317,7 +320,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     )
     warning = comparison.rows[0].test.difference.warning if comparison.rows else None
     if warning:
-        console.print(f"[yellow]{warning}[/yellow]")
+        console.print(f"[yellow]{warning.replace(' patients', f' {comparison.units}', 1)}[/yellow]")
 
 
 def _number(value: float, sign: str = "") -> str:

@@ -33,6 +33,19 @@ def intervals(evaluation: Evaluation) -> Intervals:
     return dict(zip(columns, bootstrap_means(np.array(list(columns.values())).T, patients), strict=True))
 
 
+def few(evaluation: Evaluation) -> str | None:
+    """What to say of intervals from few patients, or from few cases where nothing is known of patients."""
+    warning = next((i.warning for i in evaluation.intervals.values() if i.warning), None)
+    return warning if warning is None or evaluation.patients else warning.replace(" patients", " cases", 1)
+
+
+def numbered(evaluation: Evaluation) -> dict[str, int]:
+    """Case id → a number for its patient, from 0 on in the order of the cases; only cases whose patient is known."""
+    known = {case: evaluation.patients[case] for case in evaluation.cases if case in evaluation.patients}
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(known.values()))}
+    return {case: numbers[patient] for case, patient in known.items()}
+
+
 def volume_agreements(evaluation: Evaluation) -> dict[str, Agreement]:
     """For each class how predicted and reference volumes agree, over the cases that have it; else nothing.
 

@@ -53,7 +53,14 @@ class CrossValidation:
     def pooled(self) -> Evaluation:
         """All cases as one evaluation."""
         first = next(iter(self.folds.values()))
-        return replace(first, rows=tuple(row for evaluation in self.folds.values() for row in evaluation.rows))
+        rows = tuple(row for evaluation in self.folds.values() for row in evaluation.rows)
+        # The numbers of patients begin anew in each fold, and no patient is in two of them
+        patients = {
+            case: f"{patient} of fold {number}"
+            for number, evaluation in self.folds.items()
+            for case, patient in evaluation.patients.items()
+        }
+        return replace(first, rows=rows, patients=patients)
 
     @cached_property
     def fold_of(self) -> dict[str, int]:
@@ -174,7 +181,8 @@ def read_evaluation(folder: Path, labels: Labels) -> Evaluation:
             for row in content["cases"]
         )
         tolerance = content["tolerance_px" if frame == PIXEL_FRAME else "tolerance_mm"]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        patients = {str(case): f"patient {number}" for case, number in content["patients"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise MedsegError(
             Code.RUN,
             "the evaluation of the run cannot be read",
@@ -182,7 +190,7 @@ def read_evaluation(folder: Path, labels: Labels) -> Evaluation:
             got=f"{type(error).__name__}: {error}",
             remedy="evaluate its predictions again: medseg evaluate",
         ) from error
-    return Evaluation(rows, labels, float(tolerance), frame)
+    return Evaluation(rows, labels, float(tolerance), frame, patients=patients)
 
 
 def print_crossvalidation(result: CrossValidation, console: Console) -> None:

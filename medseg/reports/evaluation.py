@@ -30,7 +30,7 @@ from medseg.labels import Labels
 from medseg.metrics.case import DEFAULT_TOLERANCE_MM, measure_case
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric, metrics
-from medseg.reports.confidence import Intervals, intervals, volume_agreements
+from medseg.reports.confidence import Intervals, few, intervals, numbered, volume_agreements
 from medseg.reports.pairs import MissingPolicy, Pair, labels_of, match_pairs
 from medseg.statistics import LEVEL
 from medseg.volume import PIXEL_FRAME, WORLD_FRAME, Grid, Volume
@@ -204,11 +204,12 @@ class Evaluation:
             "tolerance_px" if self.frame == PIXEL_FRAME else "tolerance_mm": self.tolerance_mm,
             "labels": self.labels.to_json(),
             "num_cases": len(self.cases),
+            "patients": numbered(self),
             "definitions": {columns[m.name]: inspect.getdoc(m.function) or "" for m in self.metrics},
             "better": {columns[m.name]: m.better for m in self.metrics},
             "empty_masks": EMPTY_MASKS,
             "low, high": f"{LEVEL:.0%} intervals of means, BCa bootstrap over patients where known, else over cases",
-            "warning": next((i.warning for i in self.intervals.values() if i.warning), None),
+            "warning": few(self),
             "volume_agreement": {
                 name: {key: _plain(value) for key, value in asdict(agreement).items()}
                 for name, agreement in volume_agreements(self).items()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from scipy import stats
 
 from medseg import __version__
 from medseg.formats.atomic import whole_file
 from medseg.reports.evaluation import FOREGROUND
+from medseg.statistics import paired_test
 
 SELECTION_FILE = "selection.json"
 """In the folder of an ensemble: all that was compared. With .md the same for readers."""
@@ -71,19 +71,13 @@ class Difference:
         return not self.p < CHANCE
 
     @classmethod
-    def of(cls, best: NDArray[np.float64], other: NDArray[np.float64]) -> Difference:
-        """From the mean Dice of each case; NaN where a case has none.
-
-        Source:
-            Demšar, Statistical comparisons of classifiers over multiple data sets, JMLR 2006, section 3.1.3: the
-            signed-rank test of Wilcoxon, which asks of the differences only that they can be ranked. Cases without a
-            difference are left out (scipy's zero_method "wilcox").
-        """
-        differences = best - other
-        differences = differences[~np.isnan(differences)]
-        better, worse = int((differences > 0).sum()), int((differences < 0).sum())
-        p = float(stats.wilcoxon(differences, zero_method="wilcox").pvalue) if better + worse else 1.0
-        return cls(float(differences.mean()) if differences.size else math.nan, better, worse, p)
+    def of(
+        cls, best: NDArray[np.float64], other: NDArray[np.float64], patients: Sequence[str] | None = None
+    ) -> Difference:
+        """From the mean Dice of each case, NaN where it has none, and its patient (`statistics.paired_test`)."""
+        test = paired_test(other, best, patients)
+        p = 1.0 if math.isnan(test.p) else test.p
+        return cls(test.difference.mean, test.num_higher, test.num_lower, p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +104,12 @@ class Ranking:
 
     @classmethod
     def of(
-        cls, candidates: Sequence[Candidate], dice: NDArray[np.float64], cases: Sequence[str], structures: Sequence[str]
+        cls,
+        candidates: Sequence[Candidate],
+        dice: NDArray[np.float64],
+        cases: Sequence[str],
+        structures: Sequence[str],
+        patients: Mapping[str, str] | None = None,
     ) -> Ranking:
         """Rank and choose.
 
@@ -119,13 +118,15 @@ class Ranking:
             dice: (candidates, cases, structures).
             cases: ids.
             structures: names.
+            patients: case id → patient; a case without one is one of its own.
         """
+        of_case = [(patients or {}).get(case, case) for case in cases]
         per_case = _mean(dice, axis=2)
         means = _mean(per_case, axis=1)
         # Of equal ones the simpler stands first
         order = sorted(range(len(candidates)), key=lambda i: (-np.nan_to_num(means[i]), candidates[i].num_models, i))
         ranked = tuple(candidates[i] for i in order)
-        differences = tuple(Difference.of(per_case[order[0]], per_case[i]) for i in order)
+        differences = tuple(Difference.of(per_case[order[0]], per_case[i], of_case) for i in order)
         equal = [i for i in range(len(order)) if i == 0 or differences[i].by_chance]
         chosen = min(equal, key=lambda i: (ranked[i].num_models, i))
         reason = _reason(ranked, differences, chosen, means[order])

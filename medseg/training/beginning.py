@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from medseg.bundle import BundleInfo
+from medseg.bundle import FOLDS_FILE, BundleInfo
 from medseg.data.augment import side_lines
 from medseg.data.cases import Case, DataFolder, find_cases
 from medseg.data.facts import CaseInfo, Survey
@@ -23,7 +23,7 @@ from medseg.data.plan import Plan
 from medseg.data.plan.file import PLAN_FILE
 from medseg.data.preparation import prepare_cases
 from medseg.data.prepared import PreparedCase
-from medseg.data.splits import Split, make_split, read_split, usable, write_split
+from medseg.data.splits import OVERFITTING, SPLIT_FILE, Split, make_split, read_split, usable, write_split
 from medseg.data.store import Store
 from medseg.data.stratify import class_volumes
 from medseg.data.summary import anomaly_lines, summary_lines
@@ -34,8 +34,6 @@ from medseg.reports.progress import counting_bar
 from medseg.training.experiment import DataConfig, Experiment
 from medseg.training.planning import plan_run
 
-SPLIT_FILE = "split.json"
-"""Which cases train and validate, in a run's folder."""
 SURVEY_FILE = "survey.json"
 """What reading the cases told."""
 STORE_FOLDER = "prepared"
@@ -67,9 +65,10 @@ class Settled:
 
 
 def open_store(data: DataConfig, run: Path) -> Store:
-    """The store that `data.store` names, for a run."""
+    """The store that `data.store` names, for a run; a fold that goes on alone has that of all its folds."""
     if data.store is None:
         return Store(None)
+    run = run.parent if (run.parent / FOLDS_FILE).is_file() else run
     return Store(run.parent / STORE_FOLDER if data.store == "auto" else Path(data.store))
 
 
@@ -177,7 +176,7 @@ def _refuse_no_folds(cases: Sequence[Case], splits: Sequence[Split]) -> None:
 
 def _overfitting(split: Split, infos: Sequence[CaseInfo] | None) -> list[Split]:
     few = tuple(info.case_id for info in infos or ())
-    return [dataclasses.replace(split, train=few, val=few, rule=f"overfitting on {len(few)} case(s)")]
+    return [dataclasses.replace(split, train=few, val=few, rule=f"{OVERFITTING} on {len(few)} case(s)")]
 
 
 def _say_split(split: Split, found: Survey, fold: int | None, console: Console) -> None:

@@ -69,7 +69,7 @@ def _settings(experiment: Experiment) -> Mapping[str, object]:
     return {
         **begun,
         "loss": experiment.loss["name"],
-        "optimizer": f"{experiment.optimizer['name']}, learning rate {experiment.optimizer['lr']:g}",
+        "optimizer": f"{experiment.optimizer['name']}, learning rate {experiment.optimizer.get('lr', 'its own')}",
         "schedule": experiment.schedule["name"],
         "budget of a training": ", whichever ends first: ".join(budget),
         "seed": experiment.seed,

@@ -128,6 +128,8 @@ class TrainerConfig:
             raise MedsegError(
                 Code.CONFIG, "a decay lies between 0 and 1", where="trainer.ema", expected="such as 0.999", got=self.ema
             )
+        if self.overlay_cases < 0:
+            raise MedsegError(Code.CONFIG, "must be at least 0", where="trainer.overlay_cases", got=self.overlay_cases)
         if not 0 <= self.foreground_share <= 1:
             raise MedsegError(
                 Code.CONFIG, "a share lies between 0 and 1", where="trainer.foreground_share", got=self.foreground_share

@@ -17,11 +17,11 @@ from medseg.bundle import FOLDS_FILE, BundleInfo
 from medseg.data.cases import Case
 from medseg.data.plan.file import PLAN_FILE
 from medseg.data.prepared import PreparedCase
-from medseg.data.splits import Split, read_split, write_splits
+from medseg.data.splits import SPLIT_FILE, Split, read_split, write_splits
 from medseg.data.store import Store
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
-from medseg.training.beginning import SPLIT_FILE, cases_again, prepare, settle
+from medseg.training.beginning import cases_again, prepare, settle
 from medseg.training.experiment import Experiment, write_config
 from medseg.training.state import Counters, read_counters
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 
 from medseg.bundle import MODEL_PREFIX, BundleInfo, checkpoint_path, read_checkpoint
 from medseg.data.plan import Plan, PlanConfig
+from medseg.data.splits import SPLIT_FILE, Split, read_split
 from medseg.errors import Code, MedsegError
-from medseg.training.experiment import Experiment
+from medseg.training.experiment import CONFIG_FILE, Experiment
 
 TAKEN_OVER = (
     "configuration",
@@ -87,8 +89,9 @@ def as_before(plan: Plan, before: Plan | None, config: PlanConfig) -> Plan:
 def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]:
     """Put the best weights of another run into a network.
 
-    Heads for another number of classes keep their fresh weights. Filters over another number of channels all become
-    the mean of the old channels' filters, scaled so that equal channels give the same answer.
+    Heads for another number of classes keep their fresh weights; as many of other names are taken, and said. Filters
+    over another number of channels all become the mean of the old channels' filters, scaled so that equal channels give
+    the same answer.
 
     Args:
         model: fresh.
@@ -132,11 +135,51 @@ def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]
             remedy="leave model and data.plan as that run had them: trainer.initial takes them over",
         )
     lines = [f"initial    {len(own) - len(fresh) - len(adapted)} of {len(own)} tensors taken from {initial}"]
+    if before.labels.declared != info.labels.declared and not fresh:
+        lines.append("           its heads are kept though they are of other classes: they have to learn anew")
     if fresh:
         lines.append(f"           fresh, for {classes[1]} instead of {classes[0]} classes: {_some(fresh)}")
     if adapted:
         lines.append(f"           spread over {channels[1]} instead of {channels[0]} channel(s): {_some(adapted)}")
     return lines
+
+
+def seen_before(initial: Path, split: Split, root: str | None) -> list[str]:
+    """Whether the run that training starts from was trained on cases that now validate or test.
+
+    Args:
+        initial: that run.
+        split: of the new one.
+        root: the new one's `data.root`.
+    Returns:
+        Lines for the user: ids that coincide, where the data may be others.
+    Raises:
+        MedsegError: E_LEAK if both train on the same folder.
+    """
+    if not (initial / SPLIT_FILE).is_file():
+        return [
+            "           nothing tells which cases these weights were trained on: they may be among those that validate"
+        ]
+    before = set(read_split(initial / SPLIT_FILE).train)
+    seen = sorted(before & {*split.val, *split.test})
+    if not seen:
+        return []
+    config = initial / CONFIG_FILE
+    stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    where = (stored.get("data") or {}).get("root")
+    if where is not None and root is not None and Path(where).resolve() == Path(root).resolve():
+        raise MedsegError(
+            Code.LEAK,
+            "the run that training starts from was trained on cases that now validate or test",
+            where="trainer.initial",
+            got=f"{len(seen)} cases: {_some(seen)}",
+            expected="cases that it has not seen",
+            remedy=f"divide the cases as that run did: data.split.file={initial / SPLIT_FILE}",
+        )
+    return [
+        f"warning    {len(seen)} ids that validate or test trained that run: {_some(seen)}; if they are the same "
+        "cases, the results below are too good"
+    ]
 
 
 def _differ_along(old: torch.Tensor, new: torch.Tensor, axis: int, lengths: tuple[int, int]) -> bool:

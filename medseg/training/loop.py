@@ -108,7 +108,8 @@ class Loop:
         self.validated_at, self.validation_seconds = time.monotonic(), 0.0
         self.saved_at = time.monotonic()
         fixed = [case.case_id for case in validation]
-        self.shown = fixed[:: max(1, len(fixed) // self.config.overlay_cases)][: self.config.overlay_cases]
+        num_shown = self.config.overlay_cases
+        self.shown = fixed[:: max(1, len(fixed) // max(1, num_shown))][:num_shown]
 
     def columns(self) -> list[str]:
         """Columns of history.csv."""
@@ -118,6 +119,10 @@ class Loop:
     def progress(self) -> float:
         """Share of the budget that is used, by steps or by minutes, whichever is further."""
         return max(self.counters.step / self.config.steps, self.counters.minutes / self.config.minutes)
+
+    def is_out_of_patience(self) -> bool:
+        """Whether the last validations brought nothing better."""
+        return self.config.patience is not None and self.counters.stale >= self.config.patience
 
     def run_to_the_end(self, journal: Journal) -> None:
         """Train until the budget is used up or the patience is at its end."""
@@ -129,7 +134,7 @@ class Loop:
             journal.say(note)
         batches = self.feed()
         with StopSignals() as stop, closing(batches):
-            while self.progress() < 1 and stop.received is None:
+            while self.progress() < 1 and stop.received is None and not self.is_out_of_patience():
                 step, image, label = next(batches)
                 recent += self.train_step(step, image, label)
                 num_recent += 1
@@ -143,25 +148,31 @@ class Loop:
                     mark, mark_step = time.monotonic(), self.counters.step
                 if self.is_time_to_validate():
                     self.check_finite(float(recent))
+                    self.check_weights()
                     self.validate(journal)
                     mark, mark_step = time.monotonic(), self.counters.step
                     self.counters.minutes = (time.monotonic() - started) / 60
                     self.save()
-                    if self.config.patience is not None and self.counters.stale >= self.config.patience:
+                    if self.is_out_of_patience():
                         journal.say(
                             f"stopping early: no validation Dice above {self.counters.best_dice:.4f} (step "
                             f"{self.counters.best_step}) in the last {self.counters.stale} validations, and "
                             f"trainer.patience={self.config.patience}"
                         )
-                        return
                 elif time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
                     self.check_finite(float(recent))
+                    self.check_weights()
                     self.save()
             if stop.received is not None:
+                self.check_finite(float(recent))
+                self.check_weights()
                 self.save()
                 journal.say(f"stopped by {stop.received.name} at step {self.counters.step}; go on with:")
                 journal.say("  " + command("train", f"resume={self.run}"))
         stop.raise_received()
+        if not checkpoint_path(self.run, "best").exists():  # the budget was made smaller before the first validation
+            self.validate(journal)
+            self.save()
 
     def feed(self) -> Generator[BatchItem, None, None]:
         """Batches from the next step on, made ahead by a thread, on the device."""
@@ -176,10 +187,11 @@ class Loop:
         image, label = self.augment(image, label, step)
         image = image.contiguous(memory_format=memory_format(self.plan.spatial_dims))
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device, self.precision), explicit_padding(self.device):
-            outputs = self.forward(image)
-        loss: torch.Tensor = self.loss(outputs, label)
-        torch.autograd.backward(self.scaler.scale(loss))
+        with explicit_padding(self.device):  # also on the way back, where checkpointed parts are computed again
+            with autocast(self.device, self.precision):
+                outputs = self.forward(image)
+            loss: torch.Tensor = self.loss(outputs, label)
+            torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         self.scaler.step(self.optimizer)
@@ -216,13 +228,26 @@ class Loop:
             MedsegError: E_NAN_LOSS.
         """
         if not math.isfinite(loss):
-            raise MedsegError(
-                Code.NAN_LOSS,
-                "the training loss is not finite any more",
-                where=f"step {self.counters.step}",
-                got=loss,
-                remedy="lower optimizer.lr, or set trainer.precision=fp32; the best checkpoint is kept",
-            )
+            raise self._not_finite("the training loss is not finite any more", loss)
+
+    def check_weights(self) -> None:
+        """End the run where an update has made weights that are not finite: the loss tells it one step later.
+
+        Raises:
+            MedsegError: E_NAN_LOSS.
+        """
+        norm = float(nn.utils.get_total_norm([p.detach() for p in self.model.parameters()]))
+        if not math.isfinite(norm):
+            raise self._not_finite("the weights are not finite any more", norm)
+
+    def _not_finite(self, message: str, got: float) -> MedsegError:
+        return MedsegError(
+            Code.NAN_LOSS,
+            message,
+            where=f"step {self.counters.step}",
+            got=got,
+            remedy="lower optimizer.lr, or set trainer.precision=fp32; the best checkpoint is kept",
+        )
 
     def is_time_to_validate(self) -> bool:
         """Whether the next of the evenly spread validations is due.

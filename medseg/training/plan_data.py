@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +18,16 @@ from medseg.training.beginning import SURVEY_FILE, settle
 from medseg.training.experiment import Experiment
 
 
-def plan_data(experiment: Experiment, folder: Path, console: Console | None = None) -> Plan:
+def plan_data(
+    experiment: Experiment, folder: Path, console: Console | None = None, *, stated: Sequence[str] = ()
+) -> Plan:
     """Read the cases, plan, and write plan.yaml and survey.json.
 
     Args:
         experiment: as for a training.
         folder: for both files.
         console: where the user reads.
+        stated: the keys that the user stated, for the command that trains by the plan.
     Raises:
         MedsegError: what the data, the configuration or the machine refuse.
     """
@@ -37,7 +41,8 @@ def plan_data(experiment: Experiment, folder: Path, console: Console | None = No
     print_plan(plan, console)
     console.print()
     print_anomalies(settled.found.anomalies, console)
-    train = command("train", f"data.root={experiment.data.root}", f"plan={folder}")
+    keys = stated or [f"data.root={experiment.data.root}"]
+    train = command("train", *(k for k in keys if not k.startswith(("plan=", "hydra."))), f"plan={folder}")
     console.print(
         f"\nwritten: {folder / PLAN_FILE}, {SURVEY_FILE}; change what you like, then:\n  {train}",
         highlight=False,

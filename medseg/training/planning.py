@@ -15,7 +15,7 @@ from medseg.data.plan import Machine, Plan, machine_for, make_plan, with_memory,
 from medseg.data.plan.file import as_stated, read_plan, refuse_other_data, with_stated
 from medseg.data.plan.memory import complete_settings
 from medseg.device import choose_precision
-from medseg.errors import MedsegError
+from medseg.errors import Code, MedsegError
 from medseg.training.experiment import Experiment
 from medseg.training.initial import as_before, begun_by
 
@@ -70,8 +70,27 @@ def _plan(experiment: Experiment, found: Survey, machine: Machine) -> Plan:
     path = Path(experiment.plan)
     stated = read_plan(path)
     refuse_other_data(stated, found, where=f"plan={path.name}")
+    _refuse_other_network(stated, str(settings["name"]), where=f"plan={path.name}")
     own = None
     with suppress(MedsegError):  # what would be planned here is told where something can be
         own = make_plan(found, config, machine)
     plan = make_plan(found, with_stated(config, stated), machine)
     return with_model(as_stated(plan, stated, own, config, path.name), given)
+
+
+def _refuse_other_network(stated: Plan, name: str, where: str) -> None:
+    """A residual-encoder preset plans patch and batch for its own network.
+
+    Raises:
+        MedsegError: E_CONFIG.
+    """
+    if stated.preset.startswith("resenc") and name == "unet":
+        preset = stated.preset.rpartition("_")[2].upper()
+        raise MedsegError(
+            Code.CONFIG,
+            "the plan was made for another network",
+            where=where,
+            expected="model=residual_encoder_unet",
+            got=f"model={name}",
+            remedy=f"state the preset as well: preset={preset} {where}",
+        )

@@ -21,7 +21,7 @@ from rich.console import Console
 from medseg.bundle import BundleInfo, load_bundle
 from medseg.data.cases import Case, load_image, load_label_values
 from medseg.data.layouts import name_some
-from medseg.data.splits import Split, read_split
+from medseg.data.splits import SPLIT_FILE, Split, patients_of, read_split
 from medseg.device import choose_device, choose_precision
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, write_label
@@ -43,7 +43,7 @@ from medseg.metrics.case import measure_case
 from medseg.program import command
 from medseg.reports.progress import counting_bar
 from medseg.reports.ranking import SELECTION_FILE, Candidate, Ranking, print_ranking
-from medseg.training.beginning import SPLIT_FILE, cases_again
+from medseg.training.beginning import cases_again
 from medseg.training.experiment import DataConfig, Experiment
 from medseg.training.postprocessing import postprocess_run
 from medseg.training.validation import FINAL_FOLDER
@@ -120,7 +120,7 @@ def select(
     labels, reading = sources[0].info.labels, experiments[0].data.reading
     try:
         dice = _predict_all(sources, candidates, cases, unfinished, window, where, reading, console)
-        ranking = Ranking.of(candidates, dice, sorted(cases), labels.foreground)
+        ranking = Ranking.of(candidates, dice, sorted(cases), labels.foreground, patients_of(list(cases.values())))
         print_ranking(ranking, console)
         (output / ENSEMBLE_FILE).unlink(missing_ok=True)  # the folder is no ensemble until all of it is new
         validation = output / FINAL_FOLDER

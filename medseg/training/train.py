@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from medseg.bundle import BundleInfo, checkpoint_path, load_bundle
+from medseg.bundle import FOLDS_FILE, BundleInfo, checkpoint_path, load_bundle
 from medseg.data.cases import Case
 from medseg.data.splits import Split
 from medseg.data.store import Store
@@ -30,7 +30,7 @@ from medseg.training.beginning import begin, go_on, open_store, prepare
 from medseg.training.card import device_in_words, write_card
 from medseg.training.experiment import Experiment, write_config
 from medseg.training.folds import Folds, Sides, begin_folds, go_on_folds
-from medseg.training.initial import load_initial
+from medseg.training.initial import load_initial, seen_before
 from medseg.training.journal import HISTORY_FILE, Journal
 from medseg.training.loop import Loop
 from medseg.training.postprocessing import postprocess_run
@@ -81,7 +81,12 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     else:
         cases, split, info = go_on(experiment, run, console)
     prepared = partial(prepare, experiment, info, cases, console=console, store=store)
-    return _train_fold(experiment, run, info, cases, split, prepared, device, console)
+    result = _train_fold(experiment, run, info, cases, split, prepared, device, console)
+    if (run.parent / FOLDS_FILE).is_file():
+        again = command("train", f"resume={run.parent}")
+        said = f"what all folds say together is older now; make it anew by: {again}"
+        console.print(said, highlight=False, soft_wrap=True, markup=False)
+    return result
 
 
 def _train_folds(
@@ -125,7 +130,8 @@ def _train_fold(
     model = info.build_model().to(device, memory_format=memory_format(info.plan.spatial_dims))  # type: ignore[call-overload]
     describe(console, run, info, model, device)
     if experiment.trainer.initial is not None and not checkpoint_path(run, "latest").exists():
-        for line in load_initial(model, info, Path(experiment.trainer.initial)):
+        initial = Path(experiment.trainer.initial)
+        for line in load_initial(model, info, initial) + seen_before(initial, split, experiment.data.root):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     training, validation = preparation(split)
 
@@ -197,6 +203,7 @@ def conclude(
         f"use: {command('predict', run)} SCAN -o FOLDER",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
     return TrainResult(run, counters.best_dice, counters.step, counters.minutes, evaluation)
 

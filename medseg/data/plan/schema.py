@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from medseg.errors import Code, MedsegError
 from medseg.registry import make_config
 
@@ -147,8 +149,18 @@ class Plan:
             if field.name == "reasons":
                 continue
             lines += [f"# {self.reasons[field.name]}"] if field.name in self.reasons else []
-            lines.append(f"{field.name}: {json.dumps(values[field.name])}")  # JSON is YAML, on one line
+            lines.append(f"{field.name}: {_in_yaml(values[field.name])}")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _in_yaml(value: Any) -> str:
+    """A value on one line, as JSON writes it but for numbers such as 1e-08, which PyYAML would take for text."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_in_yaml, value))}]"
+    if isinstance(value, float):
+        text: str = yaml.representer.SafeRepresenter().represent_float(value).value
+        return text
+    return json.dumps(value)
 
 
 def with_patch(plan: Plan, patch_size: Axes, reason: str) -> Plan:
