@@ -360,3 +360,18 @@ def test_a_file_does_not_part_patients(tmp_path: Path) -> None:
     refused(Code.LEAK, PEOPLE, SplitConfig(file=str(tmp_path / "splits.json")))
     with pytest.raises(MedsegError, match="stated twice"):
         SplitConfig(file="a.json", validation=("a",))
+
+
+def test_a_class_in_fewer_cases_than_folds_does_not_cut_blocks_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three cases far apart are in three folds of five with the largest blocks: smaller ones could do no better."""
+    from medseg.data import splits
+    from medseg.data.stratify import Traits, deal, fewest_lacking
+
+    ids = [f"c{i:03}" for i in range(300)]
+    traits = Traits({i: (1.0, float(i in ("c010", "c130", "c250"))) for i in ids}, {"c000": "rare site"})
+    assert fewest_lacking(ids, traits, 5) == 2 + 4
+    assert fewest_lacking(ids, Traits(), 5) == 0
+    calls = []
+    monkeypatch.setattr(splits, "deal", lambda *a: calls.append(a) or deal(*a))
+    _, num_blocks = splits._of_blocks(ids, traits, 5, 0)
+    assert (num_blocks, len(calls)) == (5, 1)

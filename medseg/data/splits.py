@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg.data.layouts import Case, name_some
-from medseg.data.stratify import Traits, deal
+from medseg.data.stratify import Traits, deal, fewest_lacking
 from medseg.errors import Code, MedsegError, nearest
 from medseg.formats.atomic import whole_file
 
@@ -332,12 +332,12 @@ def _by_fold(
 
 def _of_blocks(ids: Sequence[str], traits: Traits, num_folds: int, seed: int) -> tuple[list[tuple[str, ...]], int]:
     """Folds of the largest blocks that leave no more classes and strata out of folds than smaller ones do."""
-    tries = []
+    fewest, tries = fewest_lacking(ids, traits, num_folds), []
     for pieces in range(1, max(len(ids) // (MIN_BLOCK * num_folds), 1) + 1):
         parts = np.array_split(np.arange(len(ids)), max(min(num_folds * pieces, len(ids)), 1))
         folds, lacking = deal([[ids[k] for k in part] for part in parts], traits, num_folds, seed)
         tries.append((lacking, len(parts), folds))
-        if lacking == 0:
+        if lacking <= fewest:
             break
     _, num_blocks, best = min(tries, key=lambda found: found[:2])
     return best, num_blocks

@@ -7,6 +7,7 @@ first, then pairs of them change places for as long as that makes the folds more
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -95,6 +96,14 @@ def deal(
         for fold in range(num_folds)
     ]
     return folds, int((totals == 0).sum())
+
+
+def fewest_lacking(ids: Sequence[str], traits: Traits, num_folds: int) -> int:
+    """How often a fold lacks a class or stratum at least, over all folds: three cases are in three folds at most."""
+    present = (np.array([traits.volumes[i] for i in ids if i in traits.volumes], dtype=np.float64) > 0).sum(axis=0)
+    strata = Counter(traits.strata[i] for i in ids if i in traits.strata)
+    holders = [*np.atleast_1d(present).tolist(), *strata.values()]
+    return sum(num_folds - count for count in holders if 0 < count < num_folds)
 
 
 def _shares(groups: Sequence[Sequence[str]], traits: Traits) -> _Shares:
