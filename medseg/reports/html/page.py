@@ -20,6 +20,7 @@ import medseg
 from medseg.formats.atomic import whole_file
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric
+from medseg.reports.confidence import few
 from medseg.reports.curves import Curve, curves_figure
 from medseg.reports.evaluation import EMPTY_MASKS, FOREGROUND, Evaluation
 from medseg.reports.html.figures import agreement_figure, distribution_figure, drawing, to_svg
@@ -140,7 +141,7 @@ def _measured(report: Report, evaluation: Evaluation) -> dict[str, object]:
     interval = evaluation.intervals[FOREGROUND, "dice"]
     return {
         "tiles": tiles(evaluation),
-        "warning": interval.warning,
+        "warning": few(evaluation) if interval.warning else None,
         "classes": classes_table(evaluation),
         "cases": cases_table(evaluation, report.fold_of, pictured),
         "rows": rows_table(evaluation) if len(evaluation.labels.foreground) > 1 else None,
