@@ -74,10 +74,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep what is freed for what comes next; it concerns the whole process.
 
     A step on a CPU makes and frees the same maps of some 50 MB again and again. glibc takes blocks of more than 32 MB
-    from the kernel and gives them back at once, so each map is cleared and mapped anew, page by page: a fifth to
-    a quarter of the processor time of a step of nnU-Net's hippocampus network (scripts/bench_training_step.py). The
-    peak grew by a tenth at most; between steps, validations and scans the memory stays with the process.
-    Prediction on a CPU gains as much (a seventh of a tile of that network, a quarter of tiles of 96³).
+    from the kernel and gives them back at once, so each map is cleared and mapped anew, page by page, in the kernel's
+    time. Kept, the memory stays with the process between steps, validations and scans. Prediction gains as well.
 
     Returns:
         Whether it could be set: elsewhere than on Linux with glibc nothing is done.

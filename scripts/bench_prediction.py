@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import make_peers
-from bench_augment import environment
+from benchmark import environment, where
 from measure_prediction import DATA, NUM_CASES, NUM_CLASSES, scans_in, write_scans
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,9 +165,8 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
                 sys.exit("--only options needs --run RUN")
             found[part] = measure(sys.executable, arguments.run, "options", "", 0, 0)
         print(f"{part}: {json.dumps(found[part])[:400]}", flush=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return {"parts": found, "environment": environment(cores, busy)}
+    facts = environment(("medseg", "torch"), ("nnunetv2", "torch"))
+    return {"parts": found, "environment": facts}
 
 
 def least(rounds: list[dict[str, Any]]) -> list[float]:
@@ -252,12 +251,7 @@ def page(results: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += ["", f"Mean Dice of {parts['options'][0]['cases']} hippocampus cases that the run has not seen.", ""]
     lines += [
-        f"{facts['cores']} cores of {facts['processor']}, Python {facts['python']}; load {facts['load']:.1f} at the",
-        f"end (more than {facts['cores']} means that other programs ran beside it).",
-        *(
-            f"In {where}: " + ", ".join(f"{n} {v}" for n, v in facts[key].items()) + "."
-            for where, key in (("medseg's environment", "medseg"), ("the peers'", "peers"))
-        ),
+        *where(facts),
     ]
     return "\n".join([*lines, ""])
 

@@ -44,19 +44,14 @@ SIDES = ("medseg", "nnU-Net")
 PARTS = ("step", "loop")
 BAR = 2.5
 PREDICTION = """\
-All figures of this part are processor seconds of one thread, user and kernel, on a busy machine, where wall time said
-nothing. At first: 4.2 to 4.8 s a step, of which 0.7 to 1.1 s in the kernel, for 350,000 to 370,000 page faults: glibc
-gives maps of 50 MB back and takes them anew. Freed memory kept (device.py): 3.4 s, no page faults. How much it
-would give was not written down before.
+By profiles on a busy machine, which no script repeats and whose figures are therefore left out. Two things came out of
+them: glibc gave the memory of large maps back and took it anew at each use (it is kept now, device.py), and a skip's
+cut to the size that it had already had a gradient, a map of zeros for each axis in another layout than channels-last
+(it is left out now, models/blocks/skip.py). What remains are nearly all convolutions.
 
-Then the profile showed that a skip's cut to the same size, a cut of nothing, had a gradient: a map of zeros for each
-axis, in another layout than channels-last. Expected without it (models/blocks/skip.py): 2.85 instead of 3.33 s.
-Measured: 3.09 s. Nine tenths of that are convolutions, at about 450 GFLOP/s a thread.
-
-Tried without gain: normalisation and leaky ReLU in one autograd function (the largest map: 39.9 instead of 41.5 ms),
-huge pages (4.6 s), the convolution over concatenated maps as two without concatenation (the same). torch.compile of
-normalisation and leaky ReLU alone: forward 3 to 5 instead of 6 ms (three images), backward 30 instead of 9 ms. A
-compiled network as a whole was not measured."""
+Tried without gain: normalisation and leaky ReLU in one autograd function, huge pages, the convolution over
+concatenated maps as two without concatenation, torch.compile of normalisation and leaky ReLU alone. A compiled network
+as a whole was not measured."""
 
 
 def write_raw(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_preprocess
 import torch
 
 from medseg.data import preparation
@@ -36,26 +37,9 @@ GRID = Grid((30, 26, 22), np.diag([1.0, 1.0, 1.5, 1.0]))
 
 
 def plan(**changes: Any) -> Plan:
-    values: dict[str, Any] = {
-        "preset": "auto",
-        "configuration": "fullres",
-        "crop": False,
-        "mask_normalisation": False,
-        "memory_gb": 1.0,
-        "spatial_dims": 3,
-        "num_channels": 1,
-        "orientation": "SPL",
-        "spacing_mm": (1.2, 1.0, 1.0),
-        "normalisation": ("z-score",),
-        "intensity": ((-100.0, 200.0, 50.0, 25.0),),
-        "patch_size": (16, 16, 16),
-        "batch_size": 2,
-        "widths": (2, 4),
-        "kernels": ((3, 3, 3),) * 2,
-        "strides": ((1, 1, 1), (2, 2, 2)),
-        "reasons": {},
-    }
-    return Plan(**{**values, **changes})
+    return test_preprocess.plan(
+        **{"spacing_mm": (1.2, 1.0, 1.0), "patch_size": (16, 16, 16), "batch_size": 2, **changes}
+    )
 
 
 def write_case(folder: Path, case_id: str, seed: int) -> Case:

@@ -7,8 +7,9 @@ only useless. Names tell nothing of the patient.
 
 **Entries** are folders. They are written under another name and moved to their own once they are whole, so that
 processes that prepare at the same time, and processes that are killed, leave whole entries or none. Nothing is forced
-to the disk (fsync, 5 ms a file): a power cut may tear an entry, and that is found like any other damage, by the
-checksum of every file, which is verified when an entry is opened. A damaged entry is reported and made again.
+to the disk (fsync, for which small cases would wait longest): a power cut may tear an entry, and that is found like any
+other damage, by the checksum of every file, which is verified when an entry is opened. A damaged entry is reported and
+made again.
 
 **Old entries** go by themselves: those that no run has used for `KEEP_DAYS`, when a run opens the store. The whole
 folder can be deleted whenever no run is using it.

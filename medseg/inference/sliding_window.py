@@ -28,7 +28,8 @@ GAUSSIAN_SIGMA = 1 / 8
 """Standard deviation of the tile weights as a share of the tile (nnU-Net's value)."""
 
 BATCH_SIZE, BATCH_SIZE_ON_CPU = 4, 1
-"""Tiles in one forward pass. On a CPU more at a time are not faster (docs/benchmarks/prediction.md)."""
+"""Tiles in one forward pass. Whether more at a time are faster on a CPU is to be measured: `scripts/bench_prediction.py
+--only batch`; one takes the least memory."""
 HALF_SCALE = 16.0
 """The weights of tiles are larger by this where sums are of half precision, whose smallest numbers are coarse."""
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from medseg.errors import Code, MedsegError
 from medseg.registry import Registry
 
 
-class Schedule:
+class Schedule(ABC):
     """Factor of the learning rate, and the momentum where it changes too."""
 
+    @abstractmethod
     def __call__(self, progress: float) -> float:
         """From progress 0 … 1 (the share of the budget that is used) to a factor 0 … 1."""
-        raise NotImplementedError
 
     def momentum(self, progress: float) -> float | None:
         """Momentum (of Adam the decay of the first moment) at `progress`; None leaves the optimizer's."""

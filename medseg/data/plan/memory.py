@@ -28,8 +28,8 @@ LOSS_COPIES = 6
 BATCHES_AHEAD = 6
 """Batches that are made ahead, cut larger than the patch for augmentation, on the CPU."""
 MARGIN = 1.1
-"""What allocators leave unused between the pieces. With it, every step that tests/test_plan_memory.py measures stays
-below its estimate."""
+"""What allocators leave unused between the pieces. It and the counts above were fitted to CPU trainings such as those
+of tests/test_plan_memory.py; on GPUs none of them has been compared with a training."""
 SPARE = {"cuda": 0.9, "cpu": 0.4}
 """Share of a device's memory that a step is planned to take at most: on GPUs the allocator leaves gaps; on CPUs the
 prepared cases lie in the same memory."""
