@@ -1,0 +1,198 @@
+"""medseg inspect MODEL: what `medseg inspect` does with a run, a plan or a configuration instead of data."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medseg.cli.reading import reading_options
+
+if TYPE_CHECKING:
+    from medseg.explain.subject import Subject
+    from medseg.formats import Reading
+
+RUN_FILES = ("bundle.json", "folds.json", "ensemble.json")
+"""One of them lies in a run, a run of several folds, or an ensemble."""
+PLAN_FILE = "plan.yaml"
+_OVERRIDE = re.compile(r"(model|preset)(\.\w+)*=")
+_SHOWN = "filters,maps,excitation,saliency,shifts"
+
+
+def is_about_model(arguments: Sequence[str]) -> bool:
+    """Whether the arguments of `medseg inspect` name a model: a run, its bundle, a plan, or model=NAME."""
+    named = (argument for argument in arguments if not argument.startswith("-"))
+    return any(_OVERRIDE.match(argument) or _holds_model(Path(argument)) for argument in named)
+
+
+def _holds_model(path: Path) -> bool:
+    if path.is_dir():
+        return any((path / name).is_file() for name in (*RUN_FILES, PLAN_FILE))
+    if path.name == PLAN_FILE:
+        return path.is_file()
+    if path.suffix.lower() != ".zip" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name in RUN_FILES for name in archive.namelist())
+
+
+class OfDataOrModel(click.Command):
+    """`medseg inspect` of data, which gives way to `inspect_model` where a model is named."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of the command that the arguments are for."""
+        if is_about_model(args):
+            return inspect_model.make_context(info_name, args, parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("inspect")
+@click.argument("subject", nargs=-1, required=True, metavar="MODEL")
+@click.option("--size", metavar="NxNxN", help="Size of the image; by default that of the plan's patches.")
+@click.option("--channels", default=1, show_default=True, help="Of a configuration: channels of the image.")
+@click.option("--classes", default=2, show_default=True, help="Of a configuration or plan: classes, with background.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "bf16", "fp16"]),
+              help="Of the feature maps, for their memory.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of a table.")
+@click.option("--all", "every", is_flag=True, help="A row for each normalisation and activation, too.")
+@click.option("--effective", is_flag=True, help="Measure the effective receptive fields from gradients, too.")
+@click.option("-o", "--output", "folder", metavar="FOLDER", type=click.Path(path_type=Path),
+              help="Write layers.json, architecture.svg and, of a run, pictures of what it has learnt.")  # fmt: skip
+@click.option("--image", metavar="SCAN", type=click.Path(path_type=Path),
+              help="A scan to look at through the network: feature maps, saliency, shifts. Needs -o.")  # fmt: skip
+@click.option("--at", metavar="I,J,K", help="Voxel of the scan that lies in the middle; by default the scan's middle.")
+@click.option("--layer", "layers", multiple=True, help="Look at this layer (a name of the table); may be repeated.")
+@click.option("--class", "class_name", metavar="NAME", help="The class that saliency explains.")
+@click.option("--show", default=_SHOWN, show_default=True, metavar="LIST", help="Which pictures, with commas.")
+@click.option("--steps", default=32, show_default=True, help="Steps towards what excites a filter.")
+@click.option("--checkpoint", default="best", show_default=True, type=click.Choice(["best", "latest"]))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@reading_options
+def inspect_model(
+    subject: tuple[str, ...],
+    size: str | None,
+    channels: int,
+    classes: int,
+    precision: str,
+    as_json: bool,
+    every: bool,
+    effective: bool,
+    folder: Path | None,
+    image: Path | None,
+    at: str | None,
+    layers: tuple[str, ...],
+    class_name: str | None,
+    show: str,
+    steps: int,
+    checkpoint: str,
+    device: str,
+    reading: Reading,
+) -> None:
+    """Look inside a network: its layers, what they see and cost, and what they have learnt.
+
+    MODEL is a run (or what medseg select or export made of runs), a plan (a folder or plan.yaml, also with
+    model=NAME), or a configuration: model=NAME and keys of it, as medseg train takes them.
+
+    The table says of each layer the size of its result, its receptive field, weights (with and without weight
+    sharing), multiply-adds and memory. A size that the network cannot take is refused, with the nearest that fit.
+
+    \b
+      medseg inspect model=unet_2015 --size 572x572
+      medseg inspect model=fusionnet model.skip=concat --size 640x640 -o drawing
+      medseg inspect PLAN
+      medseg inspect RUN --effective
+      medseg inspect RUN --image scan.nii.gz -o inside
+      medseg inspect RUN --image scan.nii.gz -o inside --layer encoder.2 --class liver --show maps,saliency
+    """
+    from rich.console import Console
+
+    from medseg.device import choose_device
+    from medseg.errors import Code, MedsegError
+    from medseg.explain.look import Wanted, draw_subject, print_subject
+    from medseg.explain.tile import Scene
+
+    console = Console()
+    where = choose_device(device)
+    chosen = _subject(subject, size=size, channels=channels, classes=classes, checkpoint=checkpoint, device=where)
+    if image is not None and (chosen.info is None or folder is None):
+        raise MedsegError(
+            Code.CONFIG,
+            "a scan is looked at through a trained network, into a folder",
+            where="--image",
+            remedy="medseg inspect RUN --image SCAN -o FOLDER",
+        )
+    if (folder is None and layers) or (image is None and (at or class_name)):
+        raise MedsegError(
+            Code.CONFIG,
+            "there is nothing to show of it",
+            where="--layer" if layers else "--at" if at else "--class",
+            expected="--layer with -o, --at and --class with --image",
+            remedy="medseg inspect RUN --image SCAN -o FOLDER",
+        )
+    wanted = Wanted(effective, layers, class_name, tuple(part.strip() for part in show.split(",")), steps)
+    scene = None
+    if image is not None and chosen.info is not None:
+        scene = Scene.read(image, chosen.info, _place(at), reading)
+    chosen.model.to(where)
+    table = print_subject(
+        chosen, console, as_json=as_json, precision=precision, every=every, wanted=wanted, folder=folder
+    )
+    if folder is not None and chosen.info is not None:
+        draw_subject(chosen, table, folder, Console(stderr=True) if as_json else console, wanted=wanted, scene=scene)
+
+
+def _subject(
+    arguments: tuple[str, ...], *, size: str | None, channels: int, classes: int, checkpoint: str, device: Any
+) -> Subject:
+    """The network that the arguments name."""
+    from medseg.errors import Code, MedsegError
+    from medseg.explain.subject import of_plan, of_run, of_settings, parsed_size
+    from medseg.inference.members import is_model
+
+    lengths = None if size is None else parsed_size(size)
+    paths = [Path(argument) for argument in arguments if not _OVERRIDE.match(argument)]
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
+    settings = None
+    if len(paths) > 1 or (paths and not paths[0].exists()):
+        raise MedsegError(
+            Code.CONFIG,
+            "this names no model",
+            where=paths[-1],
+            expected="one run, bundle or plan, or model=NAME with keys such as model.skip=add",
+            got=" ".join(arguments),
+        )
+    if overrides:
+        from medseg.config import compose
+
+        settings = compose("train", overrides).model
+    if not paths:
+        return of_settings(settings or {}, in_channels=channels, num_classes=classes, size=lengths)
+    if not is_model(paths[0]):
+        return of_plan(paths[0], settings, num_classes=classes, size=lengths)
+    if overrides:
+        raise MedsegError(
+            Code.CONFIG,
+            "a run has its network: no key changes it",
+            where=overrides[0],
+            remedy="leave it out, or leave the run out: medseg inspect " + " ".join(overrides),
+        )
+    return of_run(paths[0], checkpoint=checkpoint, device=device, size=lengths)
+
+
+def _place(text: str | None) -> tuple[float, ...] | None:
+    from medseg.errors import Code, MedsegError
+
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise MedsegError(
+            Code.CONFIG, "this is no place", where="--at", expected="numbers with commas: 120,88,40", got=repr(text)
+        ) from error

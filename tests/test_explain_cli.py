@@ -1,0 +1,132 @@
+"""`medseg inspect MODEL`: runs, plans and configurations, as text, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+from PIL import Image
+
+from medseg.cli import main
+from medseg.cli.inspect_model import is_about_model
+from medseg.errors import Code, MedsegError
+from medseg.explain.subject import parsed_size
+
+
+def inspect(*arguments: object) -> None:
+    main(["inspect", *map(str, arguments)])
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run `medseg inspect` and return what it refuses with."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            inspect(*arguments)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_what_is_about_a_model(tiny_run, tmp_path):
+    assert is_about_model([str(tiny_run.run)])
+    assert is_about_model(["--json", str(tiny_run.run)])
+    assert is_about_model([str(tiny_run.run / "plan.yaml")])
+    assert is_about_model(["model=unet", "--size", "64x64"])
+    assert is_about_model(["preset=L"])
+    assert is_about_model(["-o", str(tmp_path), str(tiny_run.run)])
+    assert not is_about_model([str(tiny_run.data)])
+    assert not is_about_model([str(tiny_run.dicom), "--json"])
+    assert not is_about_model(["--help"])
+    assert not is_about_model([str(tmp_path / "nothing")])
+    for name, expected in (("scan.dcm", False), ("bundle.json", True)):
+        path = tmp_path / f"{expected}.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, "{}")
+        assert is_about_model([str(path)]) is expected
+
+
+def test_a_configuration_as_json(capsys):
+    inspect("model=unet", "model.widths=[4,8,8]", "model.skip=add", "--size", "32x64", "--classes", 5, "--json")
+    content = json.loads(capsys.readouterr().out)
+    assert content["input"] == [1, 32, 64]
+    assert content["output"] == [5, 32, 64]
+    assert {layer["function"] for layer in content["layers"] if layer["kind"] == "merge"} == {"add"}
+    assert content["training_step"]["gib"] > 0
+
+
+def test_a_configuration_without_a_size_says_so(capsys):
+    inspect("model=fusionnet_narrow")
+    text = capsys.readouterr().out
+    assert "--size" in text
+    assert "1×256×256" in text
+    assert "in all" in text
+
+
+def test_refusals(refused, tiny_run, tmp_path):
+    valid = ("model=unet", "model.widths=[4,4,4]", "model.padding=valid", "model.down=max_pool")
+    message = refused(*valid, "model.deep_supervision=false", "--size", "61x68")
+    assert "E_MODEL" in message
+    assert "nearest that fit, axis by axis: 60 or 64; 68" in message
+    assert "no size of an image" in refused("model=unet", "--size", "big")
+    assert "names no model" in refused("model=unet", tmp_path / "nothing")
+    assert "no key changes it" in refused(tiny_run.run, "model=unet")
+    assert "through a trained network" in refused("model=unet", "--image", tiny_run.label, "-o", tmp_path / "out")
+    assert "through a trained network" in refused(tiny_run.run, "--image", tiny_run.label)
+    assert "nothing" in refused(tiny_run.run, "--show", "nothing")
+    assert "nothing to show" in refused(tiny_run.run, "--layer", "encoder.1")
+    assert "nothing to show" in refused(tiny_run.run, "--class", "background")
+    out = tmp_path / "out"
+    assert "no such class" in refused(tiny_run.run, "--image", tiny_run.dicom, "-o", out, "--class", "wing")
+    assert "outside of the scan" in refused(tiny_run.run, "--image", tiny_run.dicom, "-o", out, "--at", "0,0,100000")
+    assert "no layer" in refused(tiny_run.run, "-o", out, "--layer", "encodr.1")
+
+
+def test_a_plan_is_read_with_the_network_that_it_is_made_for(tiny_run, capsys):
+    inspect(tiny_run.run / "plan.yaml", "--json")
+    content = json.loads(capsys.readouterr().out)
+    assert content["input"] == [1, 16, 24, 24]
+    assert content["layers"][0]["output"] == [4, 16, 24, 24]
+
+
+def test_a_run_with_a_scan_is_looked_into(tiny_run, tmp_path, capsys):
+    out = tmp_path / "inside"
+    inspect(tiny_run.run, "--image", tiny_run.dicom, "-o", out, "--effective", "--steps", 2, "--class", "background",
+            "--layer", "encoder.1", "--layer", "decoder.1.skip")  # fmt: skip
+    text = capsys.readouterr().out
+    content = json.loads((out / "layers.json").read_text())
+    assert content["total"]["effective_field"] > 1
+    assert all("effective_field" in stage for stage in content["stages"])
+    expected = {
+        "architecture.svg", "effective_field.png", "filters.png", "image.png", "layers.json", "shifts.json",
+        "saliency_gradient.png", "saliency_grad_cam.png", "saliency_occlusion.png",
+        "maps/encoder.1.png", "maps/decoder.1.skip.png", "excitation/encoder.1.png", "excitation/decoder.1.skip.png",
+    }  # fmt: skip
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == expected
+    for path in out.rglob("*.png"):
+        with Image.open(path) as picture:
+            assert len(set(picture.convert("L").tobytes())) > 2, path  # something is drawn
+    shifts = json.loads((out / "shifts.json").read_text())
+    assert [shift["voxels"] for shift in shifts] == [[0, 0, 1], [0, 0, 2], [0, 0, 4], [4, 4, 4]]
+    assert all(0 <= shift["agreement"] <= 1 for shift in shifts)
+    assert "translation equivariance" in text
+    assert "why background is seen" in text
+    assert str(tiny_run.data.parent) not in (out / "architecture.svg").read_text()
+
+
+def test_a_run_alone_shows_its_filters(tiny_run, tmp_path, capsys):
+    inspect(tiny_run.run, "-o", tmp_path / "out", "--show", "filters")
+    assert "4 filters of encoder.0" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["architecture.svg", "filters.png", "layers.json"]
+
+
+def test_sizes_as_people_write_them():
+    assert parsed_size("572x572") == parsed_size("572,572") == parsed_size("572×572") == (572, 572)
+    assert parsed_size("64X128x128") == (64, 128, 128)
+    for wrong in ("64", "a x b", "", "1x2x3x4"):
+        with pytest.raises(MedsegError) as refusal:
+            parsed_size(wrong)
+        assert refusal.value.code == Code.CONFIG
