@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types check clean
+.PHONY: help demo test lint types check lock sbom audit clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ types: $(DEV) ## static types
 	.venv/bin/mypy
 
 check: lint types test ## all of the above but the demo
+
+lock: $(DEV) ## pin what the Docker image holds, by version and hash (UPGRADE=1: the newest of everything)
+	$(PY) scripts/make_lock.py $(if $(UPGRADE),--upgrade)
+
+sbom: $(DEV) ## list what the Docker image holds, as CycloneDX, in dist
+	$(PY) scripts/make_sbom.py
+
+audit: $(DEV) ## look for known vulnerabilities in what the Docker image holds
+	$(PY) scripts/audit.py
 
 clean: ## remove the environments, caches and builds; data, runs and predictions stay
 	rm -rf .venv .peers build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

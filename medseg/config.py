@@ -7,6 +7,7 @@ Each part's defaults are stored in Hydra under its group and `_name`, and a YAML
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -26,11 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from medseg.bundle import BUNDLE_FILE, FOLDS_FILE
 from medseg.data.augment import AugmentConfig
-from medseg.errors import Code, MedsegError, nearest
+from medseg.documents import MAX_DEPTH, YAML_ERRORS, check_yaml
+from medseg.errors import Code, MedsegError, nearest, of_machine
 from medseg.losses import LOSSES
 from medseg.models import MODELS
 from medseg.registry import Registry, make_config
-from medseg.training.experiment import CONFIG_FILE, DataConfig, Experiment, TrainerConfig
+from medseg.training.experiment import CONFIG_FILE, PLACES, PLACES_FILE, DataConfig, Experiment, TrainerConfig
 from medseg.training.optimizers import OPTIMIZERS
 from medseg.training.schedules import SCHEDULES
 
@@ -77,18 +79,21 @@ def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experi
 
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        others = sorted(path.name for path in folder.iterdir() if path.name not in (".hydra", f"{config_name}.log"))
+        others = sorted(path.name for path in folder.iterdir() if path.name != f"{config_name}.log")
         try:
             if others:
                 raise _used_folder(folder, others)
             task(experiment_from(config), folder)
-        except MedsegError as error:
+        except (MedsegError, OSError, MemoryError, RuntimeError) as error:
+            refusal = error if isinstance(error, MedsegError) else of_machine(error)
+            if refusal is None:
+                raise
             # Kept and raised at the end: Hydra would print it in its own way, and end a sweep at its first bad job.
-            refused.append(error)
+            refused.append(refusal)
             if not others:
                 _remove_unstarted(folder)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
-                sys.stderr.write(f"{error}\n")
+                sys.stderr.write(f"{refusal}\n")
 
     with _hydra_process(["medseg", *_options_first(arguments)]):  # the name that shell completion is installed for
         try:
@@ -121,6 +126,7 @@ def _options_first(arguments: Sequence[str]) -> list[str]:
             )
         else:
             overrides.append(argument)
+    _refuse_nesting(overrides)
     return options + overrides
 
 
@@ -138,6 +144,22 @@ def _hydra_process(arguments: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
+def _refuse_nesting(overrides: Sequence[str]) -> None:
+    """Hydra's parser takes minutes over a value that is nested without end."""
+    for override in overrides:
+        depth = deepest = 0
+        for character in override:
+            depth += (character in "[{") - (character in "]}")
+            deepest = max(deepest, depth)
+        if deepest > MAX_DEPTH:
+            raise MedsegError(
+                Code.CONFIG,
+                "a value is nested without end",
+                where=override.partition("=")[0][:80],
+                expected=f"at most {MAX_DEPTH} levels of lists and tables",
+            )
+
+
 def _used_folder(folder: Path, others: list[str]) -> MedsegError:
     return MedsegError(
         Code.OUTPUT,
@@ -152,13 +174,10 @@ def _remove_unstarted(folder: Path) -> None:
     """Remove what a run wrote that was refused before it had a plan; the folder too if nothing else is in it."""
     if (folder / BUNDLE_FILE).exists() or (folder / FOLDS_FILE).exists():
         return
-    for name in ("train.log", "plan.log", CONFIG_FILE, "split.json", "survey.json"):
+    for name in ("train.log", "plan.log", CONFIG_FILE, PLACES_FILE, "split.json", "survey.json", "plan.yaml"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
-        (folder / ".hydra" / name).unlink(missing_ok=True)
-    for empty in (folder / ".hydra", folder):
-        if empty.is_dir() and not any(empty.iterdir()):
-            empty.rmdir()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> Experiment:
@@ -168,6 +187,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Experiment:
         MedsegError: E_CONFIG as `run_hydra`.
     """
     register_schema()
+    _refuse_nesting(overrides)
     try:
         return experiment_from(_compose(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
@@ -217,7 +237,7 @@ def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
 
     Args:
         run: the folder of the run.
-        overrides: `trainer.key=value`.
+        overrides: `trainer.key=value`; and `data.root=FOLDER` where the run came without its `PLACES_FILE`.
     Raises:
         MedsegError: E_RUN if the folder is no run, E_CONFIG for other keys: a run keeps its data and model.
     """
@@ -229,8 +249,10 @@ def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
             where=run,
             expected=f"a folder that medseg train made, with {CONFIG_FILE} and {BUNDLE_FILE}",
         )
+    places = _read_yaml(run / PLACES_FILE) if (run / PLACES_FILE).is_file() else OmegaConf.create()
     for override in overrides:
-        if not override.startswith("trainer.") or "=" not in override:
+        moved = override.startswith("data.root=") and "data.root" not in places
+        if not (override.startswith("trainer.") or moved) or "=" not in override:
             raise MedsegError(
                 Code.CONFIG,
                 "a run that goes on keeps its configuration but for the trainer's",
@@ -239,14 +261,33 @@ def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
                 remedy="begin a new run for other settings",
             )
     try:
-        config = OmegaConf.merge(OmegaConf.load(stored), {"resume": str(run)})
+        config = _read_yaml(stored)
+        for key in (".".join(names) for names in PLACES):
+            if key in places:
+                OmegaConf.update(config, key, places[key])
+        OmegaConf.update(config, "resume", str(run))
         for parsed in OverridesParser.create().parse_overrides(list(overrides)):  # YAML would read "off" as false
             OmegaConf.update(config, parsed.key_or_group, parsed.value())
-    except (HydraException, OmegaConfBaseException) as error:
+        return experiment_from(config)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise MedsegError(Code.CONFIG, "the configuration cannot be read", where=stored, got=error) from error
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    """A table that `write_config` wrote.
+
+    Raises:
+        MedsegError: E_CONFIG if it is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        config = OmegaConf.load(io.StringIO(text))
+    except (OmegaConfBaseException, OSError, AssertionError, *YAML_ERRORS) as error:  # OmegaConf asserts
+        raise MedsegError(Code.CONFIG, "the configuration cannot be read", where=path, got=error) from error
     if not isinstance(config, DictConfig):
-        raise MedsegError(Code.CONFIG, "the configuration is not a table", where=stored)
-    return experiment_from(config)
+        raise MedsegError(Code.CONFIG, "the configuration is not a table", where=path)
+    return config
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -273,6 +314,24 @@ def _plain(value: Any) -> Any:
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(configs_folder()), version_base="1.3"):
         return hydra.compose(config_name, list(overrides))
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> tuple[dict[str, Any], str, str]:
+    """A configuration with these overrides, and what its help says before and after its keys.
+
+    Raises:
+        MedsegError: E_CONFIG as `run_hydra`.
+    """
+    register_schema()
+    try:
+        with hydra.initialize_config_dir(str(configs_folder()), version_base="1.3"):
+            config = hydra.compose(config_name, list(overrides), return_hydra_config=True)
+        said = config.hydra.help
+        plain = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        values = OmegaConf.to_container(plain, throw_on_missing=False)
+        return {str(k): v for k, v in values.items()} if isinstance(values, dict) else {}, said.header, said.footer
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, config_name, overrides) from error
 
 
 def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> MedsegError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """glibc's parameters of `mallopt` (malloc.h)."""
 _LARGEST = (2**31 - 1, 2**25)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+Determinism = Literal["off", "warn", "strict"]
+_CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+"""A workspace of fixed size for cuBLAS, without which its results may differ from run to run (its manual: results
+reproducibility)."""
+_REFUSED = "does not have a deterministic implementation"
+"""How PyTorch says that an operation was refused; the operation stands before it."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,6 +75,46 @@ def choose_precision(name: str, device: torch.device) -> str:
 def cpu_has_bf16() -> bool:
     """Whether this CPU has bf16 instructions (AVX512-BF16 or AMX); without them bf16 is slower than fp32."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def deterministic(choice: Determinism) -> Iterator[None]:
+    """While the block runs, the same work gives the same bits on the same machine; it concerns the whole process.
+
+    On CPUs nothing that medseg does needs it; on CUDA sums are otherwise made in whatever order threads come
+    (docs/reproducibility.md has the list).
+
+    Args:
+        choice: "off" leaves everything as it is; "warn" takes deterministic algorithms where there are any, and warns
+            of each operation that has none; "strict" refuses these.
+    Raises:
+        MedsegError: E_CONFIG, when the block runs into an operation that "strict" refuses.
+    """
+    if choice == "off":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    flags = (cudnn.deterministic, cudnn.benchmark)
+    os.environ.setdefault(*_CUBLAS)  # is read when the first product of matrices on the device is made
+    torch.use_deterministic_algorithms(True, warn_only=choice == "warn")
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(_REFUSED)
+        if not found:
+            raise
+        raise MedsegError(
+            Code.CONFIG,
+            "an operation of this training has no deterministic form on this device",
+            where=f"trainer.deterministic={choice}",
+            got=operation.split()[-1],
+            remedy="docs/reproducibility.md says which parts avoid it; trainer.deterministic=warn goes on with it",
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = flags
 
 
 def keep_freed_memory() -> bool:

@@ -7,6 +7,7 @@ their meaning: scripts may rely on them.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -15,75 +16,225 @@ class Code(StrEnum):
     """Stable names of refusals."""
 
     NO_CASES = "E_NO_CASES"
-    """A folder holds no case that could be found."""
+    """A folder holds no case that could be found.
+
+    Comes of: a path one folder too high or too low; names that no layout fits; a tree of DICOM files without
+        annotations.
+    To do: point data.root at the folder that the message suggests, or list the cases in a manifest.csv
+        (case,image,label).
+    """
     MISSING = "E_MISSING"
-    """A file that something refers to is not there (an image without a label, half of a pair)."""
+    """A file that something refers to is not there (an image without a label, half of a pair).
+
+    Comes of: a copy that stopped halfway, a file renamed or removed, a mistyped path.
+    To do: put the file back, correct the name, or take out what refers to it; in training data.on_bad_case=skip leaves
+        such cases out.
+    """
     GRID = "E_GRID"
-    """Two arrays that must share a grid differ in shape, position, spacing or direction."""
+    """Two arrays that must share a grid differ in shape, position, spacing or direction.
+
+    Comes of: a label drawn on another scan, on a cropped or a resampled copy; channels of one case that were not
+        registered.
+    To do: resample the label to the image with nearest neighbour, or find the image that it was drawn on.
+    """
     NO_GEOMETRY = "E_NO_GEOMETRY"
-    """A volume without a trustworthy position in space."""
+    """A volume without a trustworthy position in space.
+
+    Comes of: NIfTI that sets neither sform nor qform, Analyze files, DICOM slices without position or orientation.
+    To do: convert the original DICOM files again; --without-form (data.without_form=true) reads such NIfTI files all
+        the same.
+    """
     AFFINE = "E_AFFINE"
-    """An affine that is singular, not finite, or of the wrong shape."""
+    """An affine that is singular, not finite, or of the wrong shape.
+
+    Comes of: a header that a program wrote wrongly: a row of zeros, NaN, a quaternion that is no rotation.
+    To do: set the affine that the scanner recorded, or choose the form that is whole with --form (data.form).
+    """
     SHEAR = "E_SHEAR"
-    """Axes of a volume that are not perpendicular."""
+    """Axes of a volume that are not perpendicular.
+
+    Comes of: an affine registration that was written into the header; gantry tilt that a converter did not undo.
+    To do: resample the volume to a rectangular grid. What moves no corner by more than half a voxel is mended, and
+        noted.
+    """
     FORM = "E_FORM"
-    """A NIfTI file whose sform and qform disagree."""
+    """A NIfTI file whose sform and qform disagree.
+
+    Comes of: a program that changed one of them only, after a registration or a crop.
+    To do: find out which one is right (lay the label over the image), then --form sform or qform (data.form).
+    """
     LABEL = "E_LABEL"
-    """Label values that are not integers, or ids that nothing declares."""
+    """Label values that are not integers, or ids that nothing declares.
+
+    Comes of: an image or a probability map among the labels; labels resampled with interpolation; a table that lacks a
+        class.
+    To do: resample labels with nearest neighbour; name every value in data.labels, or the file of the right kind.
+    """
     NONFINITE = "E_NONFINITE"
-    """NaN or infinite voxels in an image."""
+    """NaN or infinite voxels in an image.
+
+    Comes of: a division by zero or a mask in an earlier step.
+    To do: replace them by the value of air or of the background.
+    """
     FOUR_D = "E_4D"
-    """More dimensions than were declared."""
+    """More dimensions than were declared.
+
+    Comes of: a time series, several b-values or echoes, pages of a TIFF, channels that nothing declares.
+    To do: declare the channels (channel_names in dataset.json), or write each volume into a file of its own.
+    """
     CHANNELS = "E_CHANNELS"
-    """A case with other channels than expected."""
+    """A case with other channels than expected.
+
+    Comes of: a channel file that is missing or too many, colour among grey pictures, transparency.
+    To do: give every case the same channels under the same names, in the order of the training data.
+    """
     UNSUPPORTED = "E_UNSUPPORTED"
-    """A file of a kind that is not read."""
+    """A file of a kind that is not read.
+
+    Comes of: another format, colour in NIfTI, a password on a zip, a file that may not be opened.
+    To do: convert it to NIfTI, DICOM, PNG or TIFF; check its permissions.
+    """
     TRUNCATED = "E_TRUNCATED"
-    """A file that ends too early or fails its checksum."""
+    """A file that ends too early or fails its checksum.
+
+    Comes of: a download or a copy that was cut; a disk that was full.
+    To do: copy or download the file again from its source.
+    """
     MALFORMED = "E_MALFORMED"
-    """A file whose structure breaks its format's rules (sequences nested without end)."""
+    """A file whose structure breaks its format's rules (sequences nested without end).
+
+    Comes of: damage, a faulty program, or a file that was made to do harm.
+    To do: get the file again from its source; do not use it if it comes from a stranger.
+    """
     REFERENCE = "E_REFERENCE"
-    """An annotation that refers to images that are not there, or that lie in another frame of reference."""
+    """An annotation that refers to images that are not there, or that lie in another frame of reference.
+
+    Comes of: SEG or RTSTRUCT files exported without their series, or beside another one.
+    To do: add the images that it was drawn on, or leave it out with data.on_bad_case=skip.
+    """
     LIMIT = "E_LIMIT"
-    """A header that asks for an absurd amount of memory."""
+    """A header that asks for an absurd amount of memory.
+
+    Comes of: a damaged or forged header; an archive that unpacks to more than the disk or any scan holds.
+    To do: get the file again from its source; cut pictures of whole slides into tiles.
+    """
     NOT_DICOM = "E_NOT_DICOM"
-    """A file expected to be DICOM that is not."""
+    """A file expected to be DICOM that is not.
+
+    Comes of: a picture or a text under the ending .dcm; old files without "DICM" at byte 128; a folder of links.
+    To do: give the file the ending of its content; --without-preamble (data.without_preamble=true) for old archives.
+    """
     CODEC = "E_CODEC"
-    """A compressed transfer syntax for which no decoder is installed."""
+    """A compressed transfer syntax for which no decoder is installed.
+
+    Comes of: JPEG Lossless, JPEG 2000 and the like without the package that decodes them.
+    To do: install the package that the message names; medseg doctor lists what is there.
+    """
     MULTI_SERIES = "E_MULTI_SERIES"
-    """Several DICOM series where one was expected."""
+    """Several DICOM series where one was expected.
+
+    Comes of: the export of a whole study in one folder.
+    To do: choose one with --series; medseg inspect shows them.
+    """
     GAP = "E_GAP"
-    """A slice is missing within a DICOM series."""
+    """A slice is missing within a DICOM series.
+
+    Comes of: an export or a transfer that lost a file.
+    To do: export the series again; --resample-irregular (data.resample_irregular=true) fills the gap, and notes it.
+    """
     DUPLICATE = "E_DUPLICATE"
-    """Two slices at one position with different pixels."""
+    """Two slices at one position with different pixels.
+
+    Comes of: two acquisitions, times or reconstructions under one series.
+    To do: separate them by the tag that the message names.
+    """
     TILT = "E_TILT"
-    """Gantry tilt: slices are shifted against each other in-plane."""
+    """Gantry tilt: slices are shifted against each other in-plane.
+
+    Comes of: a CT of the head with a tilted gantry.
+    To do: --resample-irregular (data.resample_irregular=true) shifts the slices back, and notes it.
+    """
     SPACING = "E_SPACING"
-    """Slice spacing that varies."""
+    """Slice spacing that varies.
+
+    Comes of: two scans in one series, or positions that were rounded.
+    To do: --resample-irregular (data.resample_irregular=true) resamples to even slices, and notes it.
+    """
     MIXED = "E_MIXED"
-    """Slices of different size or modality in one series."""
+    """Slices of different size or modality in one series, or cases of different kinds in one data set.
+
+    Comes of: CT and PET, or volumes and pictures, in one place.
+    To do: separate them; data.modality chooses in a tree of DICOM files.
+    """
     PHOTOMETRIC = "E_PHOTOMETRIC"
-    """A photometric interpretation that was not asked for (RGB, palette)."""
+    """A photometric interpretation that was not asked for (RGB, palette).
+
+    Comes of: screenshots and secondary captures among the scans.
+    To do: leave them out; where colours are wanted, declare three channels.
+    """
     DUPLICATE_ID = "E_DUPLICATE_ID"
-    """Two cases with the same id."""
+    """Two cases with the same id.
+
+    Comes of: a.png beside a.tif, ids that differ in upper and lower case only, inputs of equal names from several
+        folders.
+    To do: rename one of them: results are written under the id.
+    """
     UNPAIRED = "E_UNPAIRED"
-    """Two evaluations that are not of the same cases, classes or references."""
+    """Two evaluations that are not of the same cases, classes or references.
+
+    Comes of: comparing scores of different test sets.
+    To do: evaluate both predictions against the same references.
+    """
     LEAK = "E_LEAK"
-    """One patient in training and in validation."""
+    """One patient in training and in validation.
+
+    Comes of: a manifest or a list of splits that parts a patient's scans; fine-tuning on a run that trained with these
+        cases.
+    To do: keep all scans of a patient on one side; state patients in the manifest's column patient.
+    """
     CONFIG = "E_CONFIG"
-    """A configuration key or value that is not understood."""
+    """A configuration key or value that is not understood.
+
+    Comes of: a mistyped key, a value of another type, settings that contradict each other.
+    To do: take the name that the message suggests; docs/configuration.md has every key.
+    """
     NAME = "E_NAME"
-    """A component name that is not registered."""
+    """A component name that is not registered.
+
+    Comes of: a mistyped model, loss or metric; a plug-in that is not installed.
+    To do: take one of the names that the message lists, or install the plug-in.
+    """
     MODEL = "E_MODEL"
-    """Parts of a model, or a model and its data, that do not fit together."""
+    """Parts of a model, or a model and its data, that do not fit together.
+
+    Comes of: other classes, channels, spacing or axes than the model was trained with; widths that do not add up.
+    To do: the message has both sides: use the data that the model was made for, or train another.
+    """
     CHECKPOINT = "E_CHECKPOINT"
-    """A checkpoint that is damaged or incomplete."""
+    """A checkpoint that is damaged or incomplete.
+
+    Comes of: a copy that was cut, a disk that was full, a file of another program.
+    To do: copy it again, or take the other one: --checkpoint latest.
+    """
     RUN = "E_RUN"
-    """A folder that is not a finished or started run."""
+    """A folder that is not a finished or started run.
+
+    Comes of: a mistyped path, the folder above, a run that ended before its first step.
+    To do: name the folder that medseg train printed.
+    """
     OUTPUT = "E_OUTPUT"
-    """An output that cannot be written, or that would overwrite something."""
+    """An output that cannot be written, or that would overwrite something.
+
+    Comes of: a full or read-only disk; results of an earlier call.
+    To do: make room, choose another folder, or say --overwrite. Nothing half-written stands under a final name.
+    """
     NAN_LOSS = "E_NAN_LOSS"
-    """The training loss became NaN or infinite."""
+    """The training loss became NaN or infinite.
+
+    Comes of: a learning rate that is too high, 16-bit arithmetic, extreme intensities.
+    To do: go on from the last checkpoint with trainer.precision=fp32, or with trainer.on_nan_loss=skip where a step now
+        and then does it; else begin again with a smaller optimizer.lr.
+    """
 
 
 class MedsegError(Exception):
@@ -132,6 +283,48 @@ class MedsegError(Exception):
 
 def _rebuild(code: Code, message: str, where: object, expected: object, got: object, remedy: str | None) -> MedsegError:
     return MedsegError(code, message, where=where, expected=expected, got=got, remedy=remedy)
+
+
+DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file grows larger than the system allows",
+    errno.EROFS: "the disk is read-only",
+    errno.EIO: "the disk fails",
+}
+"""Errors of the operating system that are no fault of medseg, wherever they come up."""
+
+
+NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "not enough memory")
+"""What PyTorch's errors say where the memory does not suffice: their type on a GPU, their text on a CPU."""
+
+
+def of_machine(error: BaseException) -> MedsegError | None:
+    """The refusal that stands for a disk or memory that does not suffice; None for other errors.
+
+    Args:
+        error: what came up, or what it was made of (`__cause__`).
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in DISK_FAULTS:
+            return MedsegError(
+                Code.OUTPUT,
+                DISK_FAULTS[found.errno],
+                got=found.strerror,
+                remedy="make room, or write to another place; a training goes on by: medseg train resume=RUN",
+            )
+        text = f"{type(found).__name__} {found}" if isinstance(found, RuntimeError) else ""
+        if isinstance(found, MemoryError) or any(word in text for word in NO_MEMORY):
+            return MedsegError(
+                Code.LIMIT,
+                "the memory does not suffice",
+                got=f"{type(found).__name__}: {str(found).splitlines()[0]}" if str(found) else type(found).__name__,
+                remedy="close other programs; train with a smaller data.plan.batch_size or data.plan.patch_size, or "
+                "state what there is by data.plan.memory_gb; predict with --batch-size 1, or --device cpu",
+            )
+        found = found.__cause__
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,10 +18,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from medseg.documents import YAMLError, parse_yaml
 from medseg.errors import Code, MedsegError
+from medseg.label_values import integer_values, smallest_integer_type
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,6 @@ ORDER_KEY = "regions_class_order"
 """In a label table with regions: for each of them, in their order, the value that decoding paints (as nnU-Net)."""
 MAX_CLASSES = IGNORE_INDEX
 """With the background: label maps are uint8, and one number of it is taken."""
-INTEGER_TOLERANCE = 1e-3
-"""Label values within this of an integer are rounded (float32 files); others are refused."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,8 @@ class Labels:
             MedsegError: E_LABEL if it is no such table.
         """
         try:
-            table = yaml.safe_load(text)
-        except yaml.YAMLError:
+            table = parse_yaml(text)
+        except YAMLError:
             table = None
         if not isinstance(table, dict):
             raise MedsegError(Code.LABEL, "the label table cannot be read", expected="{liver: 1, spleen: 2}", got=text)
@@ -274,7 +273,8 @@ def _parsed(name: str, value: Any) -> tuple[int, ...]:
     if value == REST:
         return ()
     values = value if isinstance(value, (list, tuple)) else [value]
-    if not values or not all(isinstance(v, (int, np.integer)) for v in values):
+    whole = [v for v in values if isinstance(v, int | np.integer) and not isinstance(v, bool) and abs(int(v)) < 2**63]
+    if not values or len(whole) < len(values):
         raise MedsegError(
             Code.LABEL,
             "label values must be integers",
@@ -362,39 +362,3 @@ def _class_name(of: frozenset[str], regions: Mapping[str, frozenset[int]]) -> st
     other = [n for n in regions if n not in of and any(regions[n] & regions[m] for m in inner)]
     outer = [n for n in other if not any(regions[n] < regions[m] for m in other)]
     return " and ".join(inner) + (" without " + " or ".join(outer) if outer else "")
-
-
-def integer_values(array: NDArray[Any], *, where: object = None) -> NDArray[np.integer[Any]]:
-    """A label array as integers.
-
-    Raises:
-        MedsegError: E_LABEL if a value is further than `INTEGER_TOLERANCE` from an integer, or not finite.
-    """
-    if np.issubdtype(array.dtype, np.integer):
-        integers: NDArray[np.integer[Any]] = array
-        return integers
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8)
-    rounded = np.rint(array)
-    wrong = ~(np.abs(array - rounded) <= INTEGER_TOLERANCE)
-    if wrong.any():
-        raise MedsegError(
-            Code.LABEL,
-            "label values are not integers",
-            where=where,
-            expected="whole numbers, one per class",
-            got=f"{int(wrong.sum())} voxels such as {float(array[wrong][0]):.6g}",
-            remedy="is this an image or a probability map? resample labels with nearest neighbour",
-        )
-    whole: NDArray[np.integer[Any]] = rounded.astype(np.int64)
-    return whole
-
-
-def smallest_integer_type(values: NDArray[np.integer[Any]]) -> np.dtype[Any]:
-    """The smallest of uint8, int8, uint16, int16, … that holds all values."""
-    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    for name in ("uint8", "int8", "uint16", "int16", "uint32", "int32"):
-        limits = np.iinfo(name)
-        if limits.min <= low and high <= limits.max:
-            return np.dtype(name)
-    return np.dtype("int64")

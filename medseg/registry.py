@@ -26,7 +26,7 @@ import pkgutil
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -173,13 +173,36 @@ def field_descriptions(cls: type) -> dict[str, str]:
     return found
 
 
+def described_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Key, default (None where there is none) and meaning of each field of a dataclass, nested ones included.
+
+    Args:
+        cls: the dataclass.
+        prefix: what stands before the names of its fields, such as "data".
+    """
+    texts = field_descriptions(cls)
+    for field in dataclasses.fields(cls):
+        default = None if field.default is dataclasses.MISSING else field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        key = f"{prefix}.{field.name}" if prefix else field.name
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            yield from described_fields(type(default), key)
+        else:
+            yield key, default, texts.get(field.name, "")
+
+
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     """Check a value against a type hint; ints pass for floats and lists become tuples."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return make_config(typing.cast(type, hint), value, where=where) if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            return make_config(typing.cast(type, hint), value, where=where)
+        if not isinstance(value, typing.cast(type, hint)):
+            raise _wrong_type(hint, value, where)
+        return value
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             try:
@@ -213,7 +236,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return dict(value)
         return {_coerce(arguments[0], k, where): _coerce(arguments[1], v, where) for k, v in value.items()}
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:  # a whole number of 400 digits
+            raise _wrong_type(hint, value, where) from error
     if hint is int and isinstance(value, bool):
         raise _wrong_type(hint, value, where)
     if hint is None or hint is type(None):

@@ -27,18 +27,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import make_peers
 from benchmark import environment, need_peers, num_cores, parser_of, show, where
+
+if TYPE_CHECKING:
+    from medseg.training.loop import Loop
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MEDSEG_DATA", ROOT.parent / "shared" / "data")) / "segmentation" / "hippocampus"
 PAGE = ROOT / "docs" / "benchmarks" / "training_step.md"
 DATASET = "Dataset004_Hippocampus"
-PATCH, BATCH, WIDTHS = (40, 56, 40), 9, (32, 64, 128, 256)
 NUM_CASES = 20
 SIDES = ("medseg", "nnU-Net")
 PARTS = ("step", "loop")
@@ -52,6 +56,30 @@ cut to the size that it had already had a gradient, a map of zeros for each axis
 Tried without gain: normalisation and leaky ReLU in one autograd function, huge pages, the convolution over
 concatenated maps as two without concatenation, torch.compile of normalisation and leaky ReLU alone. A compiled network
 as a whole was not measured."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of nnU-Net's with filters of 3×3×3 that halves its maps from stage to stage, and its batches.
+
+    Args:
+        patch: voxels along each axis.
+        batch: patches.
+        widths: filters of each stage.
+    """
+
+    patch: tuple[int, ...]
+    batch: int
+    widths: tuple[int, ...]
+
+    @property
+    def strides(self) -> list[int]:
+        """Of each stage."""
+        return [1] + [2] * (len(self.widths) - 1)
+
+
+HIPPOCAMPUS = Network((40, 56, 40), 9, (32, 64, 128, 256))
+"""What nnU-Net plans for the whole set."""
 
 
 def write_raw(folder: Path) -> None:
@@ -85,81 +113,115 @@ def timed(step: Any, make_batch: Any, num_steps: int, part: str, wait: Any) -> l
     return seconds
 
 
-def run_medseg(folder: Path, part: str, num_steps: int, device: str, compiled: str) -> dict[str, Any]:
-    """Time medseg's loop: an ordinary training up to its first step, and then its steps one by one."""
-    import torch
+def at_first_step(folder: Path, network: Network, overrides: list[str], use: Callable[[Loop], Any]) -> Any:
+    """What `use` says of the loop of an ordinary training of medseg's that has come up to its first step.
+
+    Args:
+        folder: with `raw/`, as nnU-Net wants it; takes the run.
+        network: what is trained.
+        overrides: further keys of `medseg train`.
+        use: what is done in place of the steps.
+    """
     from rich.console import Console
 
     from medseg.config import compose
     from medseg.training.loop import Loop
     from medseg.training.train import train
 
-    found: dict[str, Any] = {}
+    found: list[Any] = []
 
     class Done(Exception):
         """The steps are timed: the rest of a training is not wanted."""
 
-    def steps_only(self: Loop, journal: object) -> None:
+    def instead(self: Loop, journal: object) -> None:
         self.model.train()
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        if part == "loop":
-            batches = self.feed()
-            seconds = timed(lambda n, b: self.train_step(*b), lambda n: next(batches), num_steps, part, wait)
-            batches.close()
-        else:
-            ready = [tensor.to(self.device) for tensor in self.sampler.batch(0)]
-            seconds = timed(lambda n, b: self.train_step(n, *b), lambda n: ready, num_steps, part, wait)
-        found.update(seconds=seconds, precision=self.precision, device=self.device.type)
+        found.append(use(self))
         raise Done
 
-    Loop.run_to_the_end = steps_only  # type: ignore[method-assign]
-    overrides = [
+    as_it_was = Loop.run_to_the_end
+    Loop.run_to_the_end = instead  # type: ignore[method-assign]
+    settings = [
         f"data.root='{folder / 'raw' / DATASET}'",
-        f"data.plan.patch_size={list(PATCH)}",
-        f"data.plan.batch_size={BATCH}",
-        f"model.widths={list(WIDTHS)}",
-        "model.kernels=[3,3,3,3]",
-        "model.strides=[1,2,2,2]",
+        f"data.plan.patch_size={list(network.patch)}",
+        f"data.plan.batch_size={network.batch}",
+        f"model.widths={list(network.widths)}",
+        f"model.kernels={[3] * len(network.widths)}",
+        f"model.strides={network.strides}",
         "optimizer=sgd",
+        *overrides,
+    ]
+    try:
+        train(compose("train", settings), folder / "runs" / str(time.time_ns()), Console(stderr=True))
+    except Done:
+        return found[0]
+    finally:
+        Loop.run_to_the_end = as_it_was  # type: ignore[method-assign]
+    raise RuntimeError("the training ended before its first step")
+
+
+def run_medseg(folder: Path, part: str, num_steps: int, device: str, compiled: str) -> dict[str, Any]:
+    """Time medseg's loop: an ordinary training up to its first step, and then its steps one by one."""
+    import torch
+
+    def steps_only(loop: Loop) -> dict[str, Any]:
+        wait = torch.cuda.synchronize if loop.device.type == "cuda" else lambda: None
+        if part == "loop":
+            batches = loop.feed()
+            seconds = timed(lambda n, b: loop.train_step(*b), lambda n: next(batches), num_steps, part, wait)
+            batches.close()
+        else:
+            ready = [tensor.to(loop.device) for tensor in loop.sampler.batch(0)]
+            seconds = timed(lambda n, b: loop.train_step(n, *b), lambda n: ready, num_steps, part, wait)
+        return {"seconds": seconds, "precision": loop.precision, "device": loop.device.type}
+
+    overrides = [
         "augment.mirror_axes=[0,1,2]" if part == "loop" else "augment=none",
         f"trainer.device={device}",
         f"trainer.compile={compiled}",
     ]
-    run = folder / "runs" / str(time.time_ns())
-    try:
-        train(compose("train", overrides), run, Console(stderr=True))
-    except Done:
-        return found
-    raise RuntimeError("the training ended before its first step")
+    found: dict[str, Any] = at_first_step(folder, HIPPOCAMPUS, overrides, steps_only)
+    return found
 
 
-def run_nnunet(folder: Path, part: str, num_steps: int) -> dict[str, Any]:
-    """Time nnU-Net's trainer on a CPU, on cases that it has planned and preprocessed by itself."""
+def nnunet_trainer(folder: Path, device: str) -> Any:
+    """nnU-Net's trainer, ready for its first step, on cases that it has planned and preprocessed by itself."""
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
     preprocessed = folder / "preprocessed" / DATASET
     plans = json.loads((preprocessed / "nnUNetPlans.json").read_text()) | {"continue_training": False}
     description = json.loads((preprocessed / "dataset.json").read_text())
-    trainer = nnUNetTrainer(plans, "3d_fullres", "all", description, device=torch.device("cpu"))
+    trainer = nnUNetTrainer(plans, "3d_fullres", "all", description, device=torch.device(device))
     trainer.initialize()
     trainer.network.train()
+    return trainer
+
+
+def run_nnunet(folder: Path, part: str, num_steps: int) -> dict[str, Any]:
+    """Time nnU-Net's trainer on a CPU."""
+    from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+    trainer = nnunet_trainer(folder, "cpu")
     loader, other = trainer.get_dataloaders()
     if part == "step":
         ready = next(loader)
         seconds = timed(lambda n, b: trainer.train_step(b), lambda n: ready, num_steps, part, lambda: None)
     else:
         seconds = timed(lambda n, b: trainer.train_step(b), lambda n: next(loader), num_steps, part, lambda: None)
-    for generator in (loader, other):
-        if hasattr(generator, "_finish"):
-            generator._finish()
+    finish(loader, other)
     weights = sum(p.numel() for p in trainer.network.parameters())
     return {"seconds": seconds, "weights": weights, "augmenting_processes": get_allowed_n_proc_DA()}
 
 
-def plan_nnunet() -> None:
-    """Fingerprint, plan and preprocess as nnU-Net does, with the patch and batch that it plans for the whole set."""
+def finish(*loaders: Any) -> None:
+    """End the processes of nnU-Net's loaders, where they have some."""
+    for loader in loaders:
+        if hasattr(loader, "_finish"):
+            loader._finish()
+
+
+def plan_nnunet(network: Network) -> None:
+    """Fingerprint, plan and preprocess as nnU-Net does, but with the network, patch and batch that are asked for."""
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
     extract_fingerprints([4], num_processes=1)
@@ -167,10 +229,16 @@ def plan_nnunet() -> None:
     path = Path(os.environ["nnUNet_preprocessed"]) / DATASET / "nnUNetPlans.json"  # noqa: SIM112 (its name)
     plans = json.loads(path.read_text())
     configuration = plans["configurations"]["3d_fullres"]
-    arguments = configuration["architecture"]["arch_kwargs"]
-    if tuple(arguments["features_per_stage"]) != WIDTHS:
-        sys.exit(f"nnU-Net plans another network for these cases: {arguments['features_per_stage']}")
-    configuration["patch_size"], configuration["batch_size"] = list(PATCH), BATCH
+    num_stages = len(network.widths)
+    configuration["patch_size"], configuration["batch_size"] = list(network.patch), network.batch
+    configuration["architecture"]["arch_kwargs"].update(
+        n_stages=num_stages,
+        features_per_stage=list(network.widths),
+        kernel_sizes=[[3] * 3] * num_stages,
+        strides=[[stride] * 3 for stride in network.strides],
+        n_conv_per_stage=[2] * num_stages,
+        n_conv_per_stage_decoder=[2] * (num_stages - 1),
+    )
     path.write_text(json.dumps(plans))
     preprocess([4], configurations=("3d_fullres",), num_processes=(1,))
 
@@ -227,14 +295,15 @@ def page(results: dict[str, Any]) -> str:
     found, facts = seconds_of(results), results["environment"]
     ratios = {part: found["nnU-Net"][part] / found["medseg"][part] for part in PARTS}
     precision = results["results"]["medseg"]["step"][0]["precision"]
+    widths = HIPPOCAMPUS.widths
     lines = [
         "# A training step beside nnU-Net's",
         "",
         "Made by `python scripts/make_peers.py && python scripts/bench_training_step.py --write`. nnU-Net's network",
-        f"for the hippocampus set ({len(WIDTHS)} stages, {WIDTHS[0]} to {WIDTHS[-1]} filters, deep supervision), patch",
-        f"{'×'.join(map(str, PATCH))}, batch {BATCH}, SGD, real cases. medseg in {precision}, nnU-Net as its trainer",
-        f"is (fp32: it has no mixed precision on CPUs). {results['rounds']} rounds of fresh processes in turn,",
-        f"{results['steps']} steps each after a first one that does not count.",
+        f"for the hippocampus set ({len(widths)} stages, {widths[0]} to {widths[-1]} filters, deep supervision), patch",
+        f"{'×'.join(map(str, HIPPOCAMPUS.patch))}, batch {HIPPOCAMPUS.batch}, SGD, real cases. medseg in",
+        f"{precision}, nnU-Net as its trainer is (fp32: it has no mixed precision on CPUs). {results['rounds']} rounds",
+        f"of fresh processes in turn, {results['steps']} steps each after a first one that does not count.",
         "",
         "| seconds | medseg | nnU-Net | ratio |",
         "|---|---|---|---|",
@@ -272,7 +341,7 @@ def main() -> None:
     if arguments.measure:
         folder, side, part, steps = arguments.measure
         if part == "plan":
-            plan_nnunet()
+            plan_nnunet(HIPPOCAMPUS)
             print("{}")
             return
         of_medseg = (arguments.device, "off")

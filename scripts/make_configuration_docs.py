@@ -11,10 +11,9 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from medseg.config import PART_GROUPS, PLAIN_GROUPS, configs_folder, group_options
-from medseg.registry import field_descriptions
+from medseg.registry import described_fields
 from medseg.training.experiment import Experiment
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -25,26 +24,12 @@ Written by `scripts/make_configuration_docs.py` from the dataclasses beside the 
 """
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The field's default value, or None."""
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def rows(cls: type, prefix: str) -> list[str]:
     """Table rows of a dataclass, nested ones included."""
-    texts = field_descriptions(cls)
-    lines: list[str] = []
-    for field in dataclasses.fields(cls):
-        default = default_of(field)
-        key = f"{prefix}.{field.name}" if prefix else field.name
-        if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            lines += rows(type(default), key)
-        else:
-            text = texts.get(field.name, "").replace("|", "\\|")
-            lines.append(f"| `{key}` | `{json.dumps(default)}` | {text} |")
-    return lines
+    return [
+        f"| `{key}` | `{json.dumps(default)}` | {text.replace('|', chr(92) + '|')} |"
+        for key, default, text in described_fields(cls, prefix)
+    ]
 
 
 def options(group: str) -> list[str]:

@@ -213,8 +213,8 @@ def test_data_are_found_from_the_run_where_the_path_is_relative(
 ) -> None:
     run = tmp_path / "work" / "runs" / "one"
     shutil.copytree(tiny_run.run, run)
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace(str(tiny_run.data), "data/train"))
+    places = run / "places.yaml"
+    places.write_text(places.read_text().replace(str(tiny_run.data), "data/train"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MedsegError, match="data_of") as caught:
         data_of(run)

@@ -150,7 +150,8 @@ def test_train_from_any_folder_and_resume(tmp_path: Path) -> None:
     small = ["data.plan.base_width=4", "data.plan.patch_size=[8,8,8]", "trainer.device=cpu", "trainer.log_steps=1"]
     main(["train", f"data.root={data}", f"hydra.run.dir='{run}'", "debug=fast", "trainer.max_steps=2", *small])
     assert (run / "checkpoints" / "best.safetensors").exists() and (run / "config.yaml").exists()
-    assert (run / ".hydra" / "overrides.yaml").exists()
+    assert str(data) in (run / "places.yaml").read_text() and str(data) not in (run / "config.yaml").read_text()
+    assert (run / "places.yaml").stat().st_mode & 0o777 == 0o600 and not (run / ".hydra").exists()
     assert (run / "train.log").read_text().count("validation Dice") == 2
     main(["train", f"resume={run}", "trainer.max_steps=4"])
     steps = [line.split(",")[0] for line in (run / "history.csv").read_text().splitlines()[1:]]
@@ -293,11 +294,53 @@ def test_help_of_every_verb_teaches(capsys) -> None:
         assert all(word in text for word in words), (verb, text)
 
 
+def test_help_of_train_says_what_each_key_means(capsys, monkeypatch) -> None:
+    from medseg.cli.keys import first_sentence, meanings
+    from medseg.config import composed
+
+    monkeypatch.setenv("COLUMNS", "160")
+    main(["train", "model=residual_encoder_unet", "trainer.max_steps=77", "--help"])
+    said = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert "trainer.max_steps=77 Optimizer steps; null with no time budget means 20000." in lines
+    assert "data.split.num_folds=5 Number of folds: one in this many cases validates." in lines
+    assert any(line.startswith("model.name=residual_encoder_unet ") for line in lines)
+    assert "  model: fusionnet" in said and " _unet" not in said
+    values, _, _ = composed("train", [])
+
+    def keys(table: dict, before: str) -> set[str]:
+        plan = {k: v for k, v in table.items() if isinstance(v, dict)}
+        return {before + k for k in table.keys() - plan.keys()} | {
+            k for p in plan for k in keys(plan[p], f"{before}{p}.")
+        }
+
+    found = dict(meanings(values, {"data", "model", "loss", "optimizer", "schedule", "augment", "trainer"}))
+    assert found.keys() == keys(values, "") - {"preset", "experiment", "debug"}
+    assert all(len(text) > 8 for text in found.values()), [key for key, text in found.items() if len(text) <= 8]
+    assert first_sentence("Size e.g. 2.5 mm. And more.") == "Size e.g. 2.5 mm."
+
+
 @pytest.mark.parametrize(
     "line, expected",
     [
         ("medseg tr", {"train"}),
-        ("medseg ", {"inspect", "convert", "plan", "train", "select", "predict", "evaluate", "compare", "demo"}),
+        (
+            "medseg ",
+            {
+                "inspect",
+                "convert",
+                "plan",
+                "train",
+                "select",
+                "export",
+                "verify",
+                "predict",
+                "evaluate",
+                "compare",
+                "demo",
+                "doctor",
+            },
+        ),
         ("medseg train model=fus", {"model=fusionnet", "model=fusionnet_narrow"}),
         ("medseg train trainer.max_m", {"trainer.max_minutes="}),
     ],

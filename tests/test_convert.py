@@ -19,6 +19,7 @@ import pytest
 from medseg.cli import main
 from medseg.formats import open_label, open_volume, read_grid, write_label
 from medseg.formats.dicom.annotations import read_annotation
+from medseg.formats.nifti_names import names_in
 from medseg.phantom import write_dicom_series
 from medseg.volume import GRID_TOLERANCE_MM, Grid, Volume
 
@@ -40,6 +41,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def convert(*arguments: object) -> None:
     main(["convert", *(str(a) for a in arguments)])
+
+
+def header_names(path: Path) -> dict[int, str]:
+    """The names of values that a NIfTI file itself holds."""
+    return names_in(nib.load(path).header.extensions[0].content)
 
 
 def oblique(shape: tuple[int, int, int], *, seed: int = 0, orientation: str = "LPS") -> Grid:
@@ -157,6 +163,7 @@ def test_a_tree_becomes_a_folder_of_images_and_labels(tree: Tree, tmp_path: Path
     case = image.removesuffix(".nii.gz")
     assert len(names) == 4 and f"{case}_seg.nii.gz" in names and "predictions.json" in names
     assert same_label(out / f"{case}_seg.nii.gz", tree.label)
+    assert header_names(out / f"{case}_seg.nii.gz") == {value: name for name, value in CLASSES.items()}
     table = json.loads((out / "predictions.json").read_text())
     assert table["labels"] == {"background": 0, **CLASSES}
     assert table["cases"][case]["files"] == [image, f"{case}_seg.nii.gz"]
@@ -282,6 +289,11 @@ def test_the_referenced_series_is_picked_out_of_many(tree: Tree, tmp_path: Path)
 
 def test_a_seg_without_images_keeps_its_own_grid(tree: Tree, tmp_path: Path) -> None:
     convert(tree.seg, tmp_path / "own.nii.gz")
+    assert header_names(tmp_path / "own.nii.gz") == {value: name for name, value in CLASSES.items()}
+    convert(tree.seg, tmp_path / "each", "--separate")
+    assert {path.name: header_names(path) for path in (tmp_path / "each").iterdir()} == {
+        f"{name}.nii.gz": {1: name} for name in CLASSES
+    }
     own, whole = open_label(tmp_path / "own.nii.gz"), open_label(tree.label)
     for value in CLASSES.values():
         a, b = (v.grid.to_world(np.argwhere(v.array == value)) for v in (own, whole))

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,23 @@ def test_a_label_on_other_planes_keeps_its_place(series: list[Path], tmp_path: P
     with pytest.raises(MedsegError, match="between the voxels") as caught:
         read(path, GRID)
     assert caught.value.code is Code.GRID
+
+
+@pytest.mark.parametrize("own_planes", [False, True])
+def test_structures_may_overlap(series: list[Path], tmp_path: Path, own_planes: bool) -> None:
+    """A region of several values, and one inside it: each is a segment of its own."""
+    grid = GRID.resampled((7, 5, 11)) if own_planes else GRID
+    array = np.random.default_rng(5).integers(0, 4, grid.shape).astype(np.uint8)
+    parts = [(1, 2, 3), (3,), (2, 3)]
+    regions = [replace(s, values=part) for s, part in zip(STRUCTURES, parts, strict=True)]
+    path = tmp_path / "x.dcm"
+    write_seg(path, Volume(array, grid), regions, series, algorithm=ALGORITHM)
+    found = read(path, grid)
+    for number, part in enumerate(parts, start=1):
+        np.testing.assert_array_equal(found[number], np.isin(array, part))
+    array[0, 0, 0] = 4
+    with pytest.raises(MedsegError, match="E_LABEL"):
+        write_seg(path, Volume(array, grid), regions, series, algorithm=ALGORITHM)
 
 
 def test_a_series_that_jitters_keeps_its_own_positions(series: list[Path], tmp_path: Path) -> None:

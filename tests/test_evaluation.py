@@ -156,6 +156,26 @@ def test_labels_from_predictions_json_else_from_the_references(folders: tuple[Pa
         evaluate_folders(*folders)
 
 
+def test_labels_from_a_dataset_json_beside_predictions_or_references(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As nnU-Net has it: in the data set's folder above its labels, and in its folder of predictions."""
+    description = {"labels": {"background": 0, "liver": 1, "spleen": 7}, "channel_names": {"0": "CT"}}
+    above = folders[1].parent / "dataset.json"
+    above.write_text(json.dumps(description))
+    assert evaluate_folders(*folders).labels == LABELS
+    assert evaluate_folders(folders[0] / "a.nii.gz", folders[1] / "a_seg.nii.gz").labels == LABELS
+    above.unlink()
+    (folders[1] / "predictions.json").write_text(json.dumps(description))  # as medseg convert leaves it
+    assert evaluate_folders(*folders).labels == LABELS
+    description["labels"] = {"background": 0, "hepar": 1, "lien": 7}
+    (folders[0] / "dataset.json").write_text(json.dumps(description))
+    assert evaluate_folders(*folders).labels.foreground == ("hepar", "lien")
+    (folders[0] / "dataset.json").write_text("{")
+    with pytest.raises(MedsegError, match=r"E_CONFIG(.*\n)*.*dataset\.json"):
+        evaluate_folders(*folders)
+
+
 def test_values_that_no_class_claims(folders: tuple[Path, Path]) -> None:
     odd = organs()
     odd[0, 0, 0] = 9

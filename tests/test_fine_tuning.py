@@ -102,6 +102,19 @@ def test_another_network_is_refused(tiny_run, tmp_path: Path) -> None:
         fine_tune(tiny_run.data, tmp_path, tmp_path / "run")
 
 
+@pytest.mark.parametrize("stated", ["model=fusionnet", "preset=M", "model.normalisation=batch", "model.widths=[4,8]"])
+def test_another_network_is_not_stated_in_vain(tiny_run, tmp_path: Path, stated: str) -> None:
+    with pytest.raises(MedsegError, match=r"(?s)E_CONFIG.*that of the run that training starts from.*model"):
+        fine_tune(tiny_run.data, tiny_run.run, tmp_path / "run", stated)
+
+
+def test_the_same_network_may_be_stated(tiny_run) -> None:
+    widths = list(BundleInfo.read(tiny_run.run).model["widths"])
+    settings = (f"data.root='{tiny_run.data}'", f"trainer.initial='{tiny_run.run}'", f"model.widths={widths}")
+    experiment, _ = begun_by(compose("train", settings), spatial_dims=3, num_channels=1)
+    assert list(experiment.model["widths"]) == widths
+
+
 def test_pictures_do_not_start_from_volumes(tiny_run) -> None:
     experiment = compose("train", [f"data.root='{tiny_run.data}'", f"trainer.initial='{tiny_run.run}'"])
     with pytest.raises(MedsegError, match=r"(?s)E_MODEL.*number of dimensions.*2D.*3D"):

@@ -16,7 +16,7 @@ from rich.console import Console
 from test_catalog import SHAPE, change, oblique, uid_of, write_rtstruct, write_seg, write_tree
 
 from medseg.errors import MedsegError
-from medseg.formats import STRICT, write_image
+from medseg.formats import STRICT, Reading, write_image
 from medseg.reports.inventory import counts, draw_pictures, inspect_path, take_inventory, told
 from medseg.reports.overlay import figure_to_array, scan_figure
 from medseg.reports.planes import views_of
@@ -28,7 +28,8 @@ CANARY = "Zzyzx"
 
 def inspected(path: Path, width: int = 160, **options: object) -> str:
     out = io.StringIO()
-    inspect_path(path, Console(file=out, width=width), **options)  # type: ignore[arg-type]
+    how = {key: options.pop(key) for key in ("series", "resample_irregular", "without_preamble") if key in options}
+    inspect_path(path, Console(file=out, width=width), reading=Reading(**how), **options)  # type: ignore[arg-type]
     return out.getvalue()
 
 

@@ -97,6 +97,28 @@ def test_plan_says_why_and_trains_nothing(
     assert "on cuda, which may take 21.6 GiB" in (folder / "plan.yaml").read_text()
 
 
+@pytest.mark.parametrize("where", ["mine", None])
+def test_what_planning_has_read_is_not_read_again(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str | None
+) -> None:
+    """The training that `medseg plan` names, and one by hand where both have their default folders."""
+    from medseg.data import survey
+
+    decoded: list[str] = []
+    settings = [s for s in SMALL if not s.startswith("data.store")]
+    original = survey._decode
+    monkeypatch.setattr(survey, "_decode", lambda case, *a: (decoded.append(case.case_id), original(case, *a))[1])
+    main(["plan", f"data.root='{data}'", *settings, *([] if where is None else [f"hydra.run.dir={where}"])])
+    assert sorted(decoded) == sorted(set(decoded)) and len(decoded) > 2
+    said = capsys.readouterr().out.split("then:")[1].split()
+    folder = next(word for word in said if word.startswith("plan="))
+    store = [word for word in said if word.startswith("data.store=")]
+    assert len(store) == (where is not None)
+    decoded.clear()
+    main(["train", f"data.root='{data}'", *settings, folder, *store])
+    assert not decoded
+
+
 def test_train_uses_an_edited_plan_and_keys_win(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", f"data.root='{data}'", "hydra.run.dir=mine", *SMALL])
     path = Path("mine") / "plan.yaml"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from scipy import ndimage
 from medseg.data.cases import find_cases
 from medseg.errors import MedsegError
 from medseg.formats import write_image, write_label
+from medseg.formats.nifti_names import names_in
 from medseg.inference.components import boxes_of, outside_largest
 from medseg.inference.ensemble import Ensemble
 from medseg.inference.postprocess import (
@@ -286,6 +288,26 @@ def test_decided_from_files(tmp_path: Path) -> None:
     (run / "validation" / "c1.nii.gz").unlink()
     with pytest.raises(MedsegError, match=r"(?s)E_MISSING: 1 validation case\(s\) have no prediction.*c1"):
         postprocess_run(run, [run / "validation"], cases, labels, console)
+
+
+def test_a_run_that_goes_on_keeps_nothing_of_its_former_end(tiny_run, tmp_path: Path) -> None:
+    """Post-processing that was decided for other weights, pictures of cases that are not the worst any more."""
+    from medseg.config import resumed
+    from medseg.training.train import train
+
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(tiny_run.run, run)
+    stale = run / "validation" / "overlays" / "worst_somebody.png"
+    stale.write_bytes(b"old")
+    assert (run / POSTPROCESSING_FILE).is_file()
+    with (tmp_path / "log.txt").open("w", encoding="utf-8") as log:
+        train(resumed(run, ["trainer.postprocess=off"]), run, Console(file=log))
+    assert not (run / POSTPROCESSING_FILE).exists() and not (run / "postprocessing.md").exists()
+    assert not stale.exists() and any(stale.parent.iterdir())
+    for label in (run / "validation").glob("*.nii.gz"):
+        names = names_in(nibabel.load(label).header.extensions[0].content)
+        table = json.loads((run / "validation" / "predictions.json").read_text())["labels"]
+        assert names == {value: name for name, value in table.items() if value}
 
 
 def test_training_decides_and_predict_does_it(tiny_run, tmp_path: Path) -> None:

@@ -63,3 +63,11 @@ def test_a_gpu_has_memory_of_its_own() -> None:
         plan_memory(SCAN, [LARGE], GPU, wanted=Wanted(), available=(GIB, 8 * GIB))
     with pytest.raises(MedsegError, match="main memory"):
         plan_memory(SCAN, [LARGE], GPU, wanted=Wanted(), available=(8 * GIB, GIB / 10))
+
+
+def test_a_gpu_too_small_for_the_sums_leaves_them_to_main_memory(caplog: pytest.LogCaptureFixture) -> None:
+    plan = plan_memory(SCAN, [LARGE], GPU, wanted=Wanted(), available=(1.5 * GIB, 8 * GIB))
+    assert plan.sums_on == CPU and plan.dtype == torch.float32
+    assert set(plan.on_device) == {"image", "logits of tiles"} and "sums of logits" in plan.on_host
+    assert "main memory" in caplog.text
+    assert plan_memory(SCAN, [LARGE], GPU, wanted=Wanted(), available=(8 * GIB, 8 * GIB)).sums_on == GPU

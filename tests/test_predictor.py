@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -118,14 +119,115 @@ def test_precision_of_the_sums_follows_the_memory(predictor: Predictor, path: Pa
 
     seen: list[torch.dtype] = []
     original = module.sliding_window_planes
-    monkeypatch.setattr(module, "sliding_window_planes", lambda *a: (seen.append(a[-1]), original(*a))[1])
+    monkeypatch.setattr(module, "sliding_window_planes", lambda *a, **k: (seen.append(a[-1]), original(*a, **k))[1])
     predictor(path)
     full = module.plan_memory
     monkeypatch.setattr(
         module,
         "plan_memory",
-        lambda *a, **k: type("Plan", (), {"dtype": torch.float16})() if full(*a, **k) else None,
+        lambda *a, **k: dataclasses.replace(full(*a, **k), dtype=torch.float16),
     )
     half = predictor(path)
     assert seen == [torch.float32, torch.float16]
     assert (half.indices.array == predictor.ensemble.predict_indices(open_volume(path)).array).mean() > 0.99
+
+
+def _full(model: torch.nn.Module, num_fit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make a network run out of memory above a number of tiles; the sizes of the batches that it was given."""
+    original, sizes = model.forward, []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        if len(x) > num_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(x)
+
+    monkeypatch.setattr(model, "forward", forward)
+    return sizes
+
+
+def test_batches_that_do_not_fit_become_smaller_and_stay_so(tiny_run, path: Path, monkeypatch, caplog) -> None:
+    predictor = medseg.Predictor.load(tiny_run.run, device="cpu", precision="fp32", batch_size=4, step=0.05)
+    expected = predictor(path).indices.array
+    (one,) = predictor.ensemble.predictors
+    sizes = _full(one.model, 1, monkeypatch)
+    assert (predictor(path).indices.array == expected).mean() > 0.999  # but for roundings
+    assert sizes[:3] == [4, 2, 1] and set(sizes[3:]) == {1}
+    assert (predictor(path).indices.array == expected).mean() > 0.999
+    assert sizes.count(4) == sizes.count(2) == 1
+    assert sum("does not suffice for a batch" in record.message for record in caplog.records) == 2
+
+
+def test_a_device_without_room_for_one_tile_is_told_so(tiny_run, path: Path, monkeypatch) -> None:
+    predictor = medseg.Predictor.load(tiny_run.run, device="cpu")
+    (one,) = predictor.ensemble.predictors
+    _full(one.model, 0, monkeypatch)
+    with pytest.raises(MedsegError, match=r"(?s)E_LIMIT.*one tile.*--device cpu"):
+        predictor(path)
+    with pytest.raises(MedsegError, match="E_LIMIT"):
+        one.logits(torch.zeros(1, 16, 24, 24))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_sums_move_to_main_memory_where_the_device_is_full(
+    tiny_run, path: Path, monkeypatch, caplog, several: bool
+) -> None:
+    """The device is the CPU under another name: what is asked for there runs out of memory once the network is past."""
+    from medseg.inference import predictor as module
+    from medseg.inference.ensemble import Ensemble
+
+    predictor = medseg.Predictor.load(tiny_run.run, device="cpu", precision="fp32")
+    (one,) = predictor.ensemble.predictors
+    chosen = Ensemble([one, one]) if several else predictor.ensemble
+    expected = chosen.predict_indices(open_volume(path)).array
+    asked: list[torch.device | None] = []
+
+    def full(original):
+        def work(*arguments, forward, sums_on):
+            asked.append(sums_on)
+            if sums_on != torch.device("cpu"):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return original(*arguments, forward=forward, sums_on=sums_on)
+
+        return work
+
+    for name in ("sliding_window_planes", "sliding_window_logits"):
+        monkeypatch.setattr(module, name, full(getattr(module, name)))
+    memory = module.plan_memory
+    elsewhere = torch.device("meta")
+    for place in ("predictor", "ensemble"):
+        monkeypatch.setattr(
+            f"medseg.inference.{place}.plan_memory",
+            lambda *a, **k: dataclasses.replace(memory(*a, **k), sums_on=elsewhere),
+        )
+    np.testing.assert_array_equal(chosen.predict_indices(open_volume(path)).array, expected)
+    assert asked == [elsewhere, torch.device("cpu")] * (2 if several else 1)
+    assert "put together in main memory" in caplog.text
+
+
+def test_who_is_compiled_in_prediction(tiny_run, path: Path, monkeypatch) -> None:
+    from medseg.inference import predictor as module
+
+    compiled: list[object] = []
+
+    def quick(model):
+        compiled.append(model)
+        return lambda x: model(x)
+
+    monkeypatch.setattr(torch, "compile", quick)
+    settings = {"device": "cpu", "precision": "fp32", "postprocess": False}
+    (off,) = medseg.Predictor.load(tiny_run.run, **settings).ensemble.predictors
+    (auto,) = medseg.Predictor.load(tiny_run.run, device="cpu", compile="auto").ensemble.predictors
+    assert not off.forward.compiled and not auto.forward.compiled
+    on = medseg.Predictor.load(tiny_run.run, compile="on", **settings)
+    expected = off.predict_indices(open_volume(path)).array
+    assert np.mean(on(path).indices.array == expected) > 0.99 and len(compiled) == 1
+    on(path)
+    assert len(compiled) == 1
+    (one,) = on.ensemble.predictors
+    one.forward.after, one.forward._call = 2, one.model  # as "auto" on CUDA does, after more passes
+    image = torch.zeros(1, 16, 24, 24)
+    for expected_count in (1, 1, 2):
+        one.logits(image)
+        assert len(compiled) == expected_count
+    assert module.LONG_PASSES > 0

@@ -25,7 +25,7 @@ from medseg.data.plan import Plan
 from medseg.data.preparation import Preparation, prepare_cases
 from medseg.data.prepared import PreparedCase
 from medseg.data.sampling import PatchSampler
-from medseg.data.store import CONTENT, KEEP_DAYS, Store
+from medseg.data.store import CONTENT, KEEP_DAYS, Store, basis_of
 from medseg.data.survey import survey
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, write_image, write_label
@@ -199,7 +199,7 @@ def test_ct_intensities_labels_reading_and_code_are_in_the_key(
     store = Store(tmp_path / "store")
 
     def key(the_plan: Plan, labels: Labels, reading: Reading) -> str:
-        return store.key(cases[0], "prepared", preparation.settings_of(the_plan, labels), reading)
+        return store.key(cases[0], basis_of("prepared", preparation.settings_of(the_plan, labels), reading))
 
     ct = plan(normalisation=("ct",))
     keys = [

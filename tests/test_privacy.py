@@ -1,9 +1,14 @@
-"""Row D33: nothing that DICOM files or their paths say about a patient gets into what medseg writes or prints."""
+"""Row D33: nothing that DICOM files or their paths say about a patient gets into what medseg writes or prints.
+
+The canary goes through plan, train (with its report, event files and prepared cases), predict, evaluate, compare and
+convert. What may hold it by its nature: a run's places.yaml, and DICOM annotations that are written for a patient.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
+import zipfile
 from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,7 +41,7 @@ TAGS = (
     *("StudyDescription", "SeriesDescription", "ProtocolName", "ImageComments", "RequestedProcedureDescription"),
     *("PerformedProcedureStepDescription", "AdmissionID", "RequestAttributesSequence"),
 )
-PATHS_ALLOWED = (".hydra", "config.yaml")
+PATHS_ALLOWED = ("places.yaml",)
 """Of a run: what resuming needs."""
 
 
@@ -113,7 +118,8 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     folder = tmp_path_factory.mktemp("privacy")
     root = folder / f"{CANARY} clinic" / "export"
     write_tree(root)
-    run, out, metrics, some = (folder / name for name in ("run", "out", "metrics", "some"))
+    names = ("run", "out", "metrics", "some", "planned", "scan", "tree", "compared", "handed on")
+    run, out, metrics, some, planned, scan, tree, compared, handed = (folder / name for name in names)
     said = io.StringIO()
     with chdir(folder), redirect_stdout(said), redirect_stderr(said):
         main(["train", f'data.root="{root}"', f'hydra.run.dir="{run}"', *SETTINGS])
@@ -123,7 +129,17 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
         with suppress(SystemExit):
             bad_too = [str(root / f"{CANARY} {number}") for number in (2, 4)]
             main(["predict", str(run), *bad_too, "-o", str(some), "--on-bad-case", "skip", "--statistics"])
-    return Traces(run, (out, metrics, some), said.getvalue())
+        with redirect_stdout(io.StringIO()):  # it ends with the command that trains, as the user typed it
+            main(["plan", f'data.root="{root}"', f'hydra.run.dir="{planned}"', *SETTINGS])
+        for made in (scan, compared, handed):
+            made.mkdir()
+        main(["convert", str(root / f"{CANARY} 0" / "study" / "series"), str(scan / "scan.nii.gz")])
+        with suppress(SystemExit), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            main(["convert", str(root), str(tree)])  # it tells on the screen which files are broken, by their names
+        main(["export", str(run), "-o", str(handed / "model.zip")])
+        main(["compare", str(metrics), str(metrics), "-o", str(compared / "table.json")])
+    others = (out, metrics, some, planned, scan, tree, compared, handed, folder / "prepared")
+    return Traces(run, others, said.getvalue())
 
 
 def content(path: Path) -> bytes:
@@ -131,6 +147,9 @@ def content(path: Path) -> bytes:
     data = path.read_bytes()
     if path.suffix == ".gz":
         data = gzip.decompress(data)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            data += b"".join(name.encode() + archive.read(name) for name in archive.namelist())
     if path.suffix == ".png":
         with Image.open(path) as picture:
             data += repr(picture.info).encode()
@@ -138,7 +157,11 @@ def content(path: Path) -> bytes:
 
 
 def test_the_run_went_through(traces: Traces) -> None:
-    out, metrics, some = traces.others
+    out, metrics, some, planned, scan, tree, _, handed, prepared = traces.others
+    assert (planned / "plan.yaml").is_file() and (scan / "scan.nii.gz").is_file() and list(tree.rglob("*.nii.gz"))
+    assert len(list(prepared.rglob("image.b2nd"))) >= 3 and (traces.run / "report.html").is_file()
+    assert (handed / "model.zip").is_file()
+    assert CANARY in (traces.run / "places.yaml").read_text(), "the canary was in the path"
     assert (traces.run / BUNDLE_FILE).is_file()
     assert '"code": "E_GAP"' in (some / MANIFEST_FILE).read_text() and (some / STATISTICS_FILE).is_file()
     assert (metrics / "metrics.json").is_file()

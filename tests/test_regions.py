@@ -24,6 +24,7 @@ from medseg.data.augment import Mirroring
 from medseg.data.manifest import read_dataset_json
 from medseg.errors import Code, MedsegError
 from medseg.formats import open_label
+from medseg.formats.dicom import annotations
 from medseg.inference.predictor import decode
 from medseg.inference.sliding_window import WindowConfig, sliding_window_logits
 from medseg.labels import Labels
@@ -300,9 +301,19 @@ def test_predictions_hold_the_values_of_the_files_and_are_scored_by_region(
     upper = [np.isin(a, (1, 2)) for a in (truth, guess)]
     dice = 2 * (upper[0] & upper[1]).sum() / (upper[0].sum() + upper[1].sum())
     assert evaluation.mean("dice", "upper") == pytest.approx(dice)
-    for form in ("dicom-seg", "rtstruct"):  # the classes beneath the regions, which do not overlap
-        run("predict", str(region_run), str(tiny_run.dicom), "-o", str(tmp_path / form), "--device", "cpu",
-            "--format", form)  # fmt: skip
+    run("predict", str(region_run), str(tiny_run.dicom), "-o", str(tmp_path / "dicom"), "--device", "cpu",
+        "--format", "nifti,dicom-seg,rtstruct")  # fmt: skip
+    (label_file,) = (tmp_path / "dicom").glob("*.nii.gz")
+    label, labels = open_label(label_file), BundleInfo.read(region_run).labels
+    drawn = sorted((tmp_path / "dicom").glob("*.dcm"))
+    assert len(drawn) == 2
+    for file in drawn:  # the regions themselves, which overlap
+        annotation = annotations.read_annotation(file)
+        assert tuple(structure.name for structure in annotation.structures) == labels.foreground
+        found = dict(annotations.masks(annotation, label.grid))
+        indices = labels.to_index(label.array)
+        for number, parts in enumerate(labels.parts, start=1):
+            np.testing.assert_array_equal(found[number], np.isin(indices, parts))
 
 
 def test_an_order_without_a_table_is_refused(tmp_path: Path) -> None:

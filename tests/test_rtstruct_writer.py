@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,17 @@ def test_what_is_written_reads_back_exactly(
     assert_reads_back(path, label)
     assert_reads_back(path, turned(label, order, flips))
     assert_reads_back(path, turned(label, order[::-1], flips[::-1]))
+
+
+def test_structures_may_overlap(tmp_path: Path) -> None:
+    """A region of several values, and one inside it."""
+    grid = oblique_grid((9, 8, 4), 1, 8.0)
+    label = Volume(regions((9, 8, 4)), grid)
+    inside = replace(STRUCTURES[0], values=(2,)), replace(STRUCTURES[1], values=(1, 2))
+    write_rtstruct(tmp_path / "rs.dcm", label, inside, write_source(tmp_path / "scan", grid), algorithm=MODEL)
+    found = dict(annotations.masks(annotations.read_annotation(tmp_path / "rs.dcm"), grid))
+    np.testing.assert_array_equal(found[1], label.array == 2)
+    np.testing.assert_array_equal(found[2], label.array > 0)
 
 
 def test_the_grid_that_the_series_is_read_with_gives_the_same(tmp_path: Path) -> None:

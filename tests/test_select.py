@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from medseg.cli import cli, main
 from medseg.data.splits import read_split, write_split
 from medseg.errors import MedsegError
 from medseg.formats import open_label, open_volume
+from medseg.formats.nifti_names import names_in
 from medseg.inference.averaging import decode_mean
 from medseg.inference.ensemble import Ensemble
 from medseg.inference.members import configurations_of
@@ -119,7 +121,8 @@ def shaken(run: Path, target: Path, seed: int) -> None:
 def cross_validation(run: Path, target: Path, seed: int = 0) -> Path:
     """A run of two folds made of copies of one run: fold 1 validates on what fold 0 trained on."""
     target.mkdir(parents=True)
-    shutil.copy(run / "config.yaml", target)
+    for name in ("config.yaml", "places.yaml"):
+        shutil.copy(run / name, target)
     split = read_split(run / "split.json")
     for fold, (train, val) in enumerate([(split.train, split.val), (split.val, split.train)]):
         shaken(run, target / f"fold_{fold}", 2 * seed + fold)
@@ -182,7 +185,9 @@ def test_from_runs_to_an_ensemble_that_predicts(tiny_run, runs: tuple[Path, Path
                 reference = open_label(tiny_run.data / "labelsTr" / f"{case}.nii.gz")
                 rows += evaluate_pair(predicted, reference, labels, case=case)
                 if name == content["chosen"]:
-                    assert np.array_equal(open_label(out / "validation" / f"{case}.nii.gz").array, predicted.array)
+                    written = out / "validation" / f"{case}.nii.gz"
+                    assert np.array_equal(open_label(written).array, predicted.array)
+                    assert names_in(nibabel.load(written).header.extensions[0].content)[1] == "liver"
         evaluation = Evaluation(tuple(rows), labels)
         assert candidates[name]["dice"][FOREGROUND] == pytest.approx(evaluation.mean("dice"))
         assert candidates[name]["dice"]["liver"] == pytest.approx(evaluation.mean("dice", "liver"))
@@ -254,8 +259,8 @@ def test_runs_that_cannot_be_compared(runs: tuple[Path, Path], tiny_run, tmp_pat
     assert "these models have other classes: liver differ" in refused(one, two, "-o", out)
     info.write(two / "fold_1")
 
-    config = (two / "config.yaml").read_text()
-    (two / "config.yaml").write_text(config.replace(str(tiny_run.data), str(tmp_path / "moved")))
+    places = (two / "places.yaml").read_text()
+    (two / "places.yaml").write_text(places.replace(str(tiny_run.data), str(tmp_path / "moved")))
     message = refused(one, two, "-o", out)
     assert "read their cases from other places" in message and "--data FOLDER" in message
     (tmp_path / "moved").mkdir()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,33 @@ def test_blocks_that_would_cut_a_patient_are_a_leak() -> None:
     error = refused(Code.LEAK, PEOPLE, SplitConfig(by="block", num_folds=7))
     assert "by=patient" in str(error.remedy)
     partly = [*PEOPLE, *make_cases("d00")]
-    refused(Code.LEAK, partly, SplitConfig(num_folds=7))
     assert refused(Code.CONFIG, partly, SplitConfig(by="patient")).where == "d00"
+
+
+@pytest.mark.parametrize("num_folds", [2, 3, 5])
+def test_partly_known_patients_stay_together_in_blocks(num_folds: int) -> None:
+    """Of A to J, A and B come again at the end; every third case is of somebody unknown."""
+    cases = make_cases(
+        *(f"c{n:02d}" for n in range(60)), patients="AAABBBCCCDDDEEEFFFGGGHHHIIIJJJKKKLLLMMMNNNOOOPPPQQQAAABBBRRR"
+    )
+    cases = [replace(case, patient=None) if n % 3 == 1 else case for n, case in enumerate(cases)]
+    known = {case.case_id: case.patient for case in cases if case.patient}
+    seen: list[str] = []
+    for fold in range(num_folds):
+        split = make_split(cases, SplitConfig(num_folds=num_folds), seed=1, fold=fold)
+        assert not {known.get(i) for i in split.train} & {known.get(i) for i in split.val} - {None}
+        assert "known patients stay together" in split.rule and "20 cases" in split.rule
+        seen += split.val
+    assert sorted(seen) == [case.case_id for case in cases]
+
+
+def test_no_block_ends_within_a_known_patient() -> None:
+    cases = [*make_cases(*(f"c{n:02d}" for n in range(9)), patients="AAAAABCDE"), *make_cases("c09")]
+    for fold in range(3):  # blocks of the sorted ids alone would part A
+        val = set(make_split(cases, SplitConfig(num_folds=3), seed=0, fold=fold).val)
+        assert val >= {f"c0{n}" for n in range(5)} or not val & {f"c0{n}" for n in range(5)}
+    error = refused(Code.LEAK, cases, SplitConfig(num_folds=3, by="block"))
+    assert "by=patient" in str(error.remedy)
 
 
 def test_the_manifest_decides() -> None:
@@ -364,7 +390,7 @@ def test_a_file_does_not_part_patients(tmp_path: Path) -> None:
 
 def test_a_class_in_fewer_cases_than_folds_does_not_cut_blocks_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three cases far apart are in three folds of five with the largest blocks: smaller ones could do no better."""
-    from medseg.data import splits
+    from medseg.data import blocks
     from medseg.data.stratify import Traits, deal, fewest_lacking
 
     ids = [f"c{i:03}" for i in range(300)]
@@ -372,6 +398,6 @@ def test_a_class_in_fewer_cases_than_folds_does_not_cut_blocks_in_vain(monkeypat
     assert fewest_lacking(ids, traits, 5) == 2 + 4
     assert fewest_lacking(ids, Traits(), 5) == 0
     calls = []
-    monkeypatch.setattr(splits, "deal", lambda *a: calls.append(a) or deal(*a))
-    _, num_blocks = splits._of_blocks(ids, traits, 5, 0)
+    monkeypatch.setattr(blocks, "deal", lambda *a: calls.append(a) or deal(*a))
+    _, num_blocks = blocks.folds_of_blocks(ids, {}, traits, 5, 0)
     assert (num_blocks, len(calls)) == (5, 1)

@@ -277,7 +277,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path: Path, mon
 
 
 def test_time_budget(tiny_run, tmp_path: Path) -> None:
-    result = run(tiny_run.data, tmp_path / "run", "trainer.max_minutes=0.1", "schedule.warmup=0")
+    result = run(tiny_run.data, tmp_path / "run", "trainer.max_minutes=0.1", "schedule.warmup=0", "optimizer.lr=1e-3")
     assert result.steps >= 1 and result.minutes >= 0.1
     logged = [(float(r["minutes"]), float(r["lr"])) for r in history(tmp_path / "run") if r["lr"]]
     assert logged

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from medseg.errors import Code, MedsegError
-from medseg.labels import Labels, integer_values, smallest_integer_type
+from medseg.label_values import integer_values, smallest_integer_type
+from medseg.labels import Labels
 from medseg.volume import Grid, Volume
 
 

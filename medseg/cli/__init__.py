@@ -15,14 +15,17 @@ from medseg import __version__
 from medseg.cli.compare import compare
 from medseg.cli.convert import convert
 from medseg.cli.demo import demo
+from medseg.cli.doctor import doctor
 from medseg.cli.evaluate import evaluate
+from medseg.cli.export import export
 from medseg.cli.inspect import inspect
 from medseg.cli.predict import predict
 from medseg.cli.select import select
 from medseg.cli.train import plan, train
-from medseg.errors import MedsegError
+from medseg.cli.verify import verify
+from medseg.errors import MedsegError, of_machine
 
-VERBS = (inspect, convert, plan, train, select, predict, evaluate, compare, demo)
+VERBS = (inspect, convert, plan, train, select, export, predict, evaluate, compare, verify, doctor, demo)
 """In the order of use."""
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
@@ -36,9 +39,12 @@ HELP = """From a folder of medical scans to a trained, validated, usable segment
   medseg plan data.root=FOLDER                    what a training would do with your cases, and why
   medseg train data.root=FOLDER                   train on them
   medseg select RUN RUN... -o ENSEMBLE            compare runs, and put the best ones together
+  medseg export RUN -o model.zip                  one file to hand on; predict takes it as its RUN
   medseg predict RUN SCAN... -o OUT               label scans the model has never seen
   medseg evaluate PREDICTIONS REFERENCES -o OUT   honest numbers, per case and class
   medseg compare SCORES SCORES                    which of two models is better, and whether that is chance
+  medseg verify RUN                               whether its files are what they were when it was made
+  medseg doctor                                   what this machine can do, and what to do where it cannot
 
 For research use only; not a medical device."""
 
@@ -77,9 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MedsegError as error:
         _show(error)
         sys.exit(EXIT_REFUSED)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort):  # Abort is a RuntimeError
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:  # logging makes a ValueError of a full disk
+        refusal = of_machine(error)
+        if refusal is None:
+            raise
+        _show(refusal)
+        sys.exit(EXIT_REFUSED)
 
 
 def _show(error: MedsegError) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from medseg.cli.reading import reading_options
+
+if TYPE_CHECKING:
+    from medseg.formats import Reading
 
 
 @click.command("convert", short_help="Convert DICOM, SEG and RTSTRUCT to NIfTI, labels to DICOM, nnU-Net models.")
@@ -14,7 +19,7 @@ from medseg.cli.reading import reading_options
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--image", metavar="SERIES", type=click.Path(path_type=Path),
               help="The scan that a SEG, an RTSTRUCT or a label belongs to.")  # fmt: skip
-@click.option("--format", "form", metavar="FORMAT",
+@click.option("--format", "written_form", metavar="FORMAT",
               help="nifti, dicom-seg or rtstruct; else what the ending of OUT says.")  # fmt: skip
 @click.option("--labels", metavar="TABLE",
               help="Which structures become which classes, or which value has which name (see above).")  # fmt: skip
@@ -27,14 +32,12 @@ def convert(
     source: Path,
     target: Path,
     image: Path | None,
-    form: str | None,
+    written_form: str | None,
     labels: str | None,
     separate: bool,
     orientation: str | None,
     overwrite: bool,
-    series: str | None,
-    resample_irregular: bool,
-    without_preamble: bool,
+    reading: Reading,
 ) -> None:
     """Convert IN to OUT, without moving a voxel. What IN is, is decided by its content.
 
@@ -73,11 +76,15 @@ def convert(
 
     from medseg.conversion import Options
     from medseg.conversion import convert as convert_path
-    from medseg.formats import Reading
     from medseg.formats.dicom.export import form_named
 
-    reading = Reading(series, channels=True, resample_irregular=resample_irregular, without_preamble=without_preamble)
     options = Options(
-        reading, image, None if form is None else form_named(form), labels, separate, overwrite, orientation
+        replace(reading, channels=True),
+        image,
+        None if written_form is None else form_named(written_form),
+        labels,
+        separate,
+        overwrite,
+        orientation,
     )
     convert_path(source, target, Console(), options)

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
               "always among them.")  # fmt: skip
 @click.option(
     "--labels",
-    help='Classes as {name: value}, e.g. "{liver: 1, spleen: 2}"; else as found. A value of several names makes '
-    'regions of them, "{tumour: [1, 2], core: 2}"; "ignore" names a value that does not count.',
+    help='Classes as {name: value}, e.g. "{liver: 1, spleen: 2}"; else those of predictions.json or dataset.json '
+    "beside the predictions or the references, else one for each value. A value of several names makes regions of "
+    'them, "{tumour: [1, 2], core: 2}"; "ignore" names a value that does not count.',
 )
 @click.option("--missing", default="error", show_default=True, type=click.Choice(["error", "count", "skip"]),
               help="A reference without a prediction: refuse, count it as a missed case, or leave it out.")  # fmt: skip

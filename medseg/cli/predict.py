@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from medseg.cli.reading import reading_options
+
+if TYPE_CHECKING:
+    from medseg.formats import Reading
 
 EXIT_BAD_CASES = 3
 """All cases were looked at, and some were left out."""
@@ -25,6 +28,8 @@ EXIT_BAD_CASES = 3
 @click.option("--step", default=0.5, show_default=True, help="Distance of tiles as a share of the tile.")
 @click.option("--mirror", is_flag=True, help="Average over mirrored passes, where the model was trained so.")
 @click.option("--batch-size", type=int, show_default="fastest", help="Tiles in one forward pass.")
+@click.option("--compile", "compiled", default="auto", show_default=True, type=click.Choice(["auto", "on", "off"]),
+              help="torch.compile; auto: on CUDA, once many tiles were predicted.")  # fmt: skip
 @click.option("--skip/--no-skip", default=True, show_default=True,
               help="Compute tiles of one and the same value (air) once. Exact: it only saves time.")  # fmt: skip
 @click.option("--format", "forms", default="nifti", show_default=True, metavar="LIST",
@@ -54,6 +59,7 @@ def predict(
     step: float,
     mirror: bool,
     batch_size: int | None,
+    compiled: Literal["auto", "on", "off"],
     skip: bool,
     forms: str,
     postprocess: bool,
@@ -65,9 +71,7 @@ def predict(
     resume: bool,
     on_bad_case: Literal["error", "skip"],
     overwrite: bool,
-    series: str | None,
-    resample_irregular: bool,
-    without_preamble: bool,
+    reading: Reading,
 ) -> None:
     """Label scans with the models of RUN: a folder that medseg train or medseg select made.
 
@@ -100,7 +104,6 @@ def predict(
     """
     from rich.console import Console
 
-    from medseg.formats import Reading
     from medseg.formats.dicom.export import forms_of
     from medseg.inference.ensemble import Ensemble
     from medseg.inference.folder import predict_inputs, refuse_swapped
@@ -117,11 +120,12 @@ def predict(
         mirror=mirror,
         batch_size=batch_size,
         skip=skip,
+        compile=compiled,
         postprocess=postprocess,
     )
     options = Options(
         forms=wanted_forms,
-        reading=Reading(series, resample_irregular=resample_irregular, without_preamble=without_preamble),
+        reading=reading,
         classes=classes,
         statistics=statistics,
         probabilities=probabilities,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from medseg.cli.keys import asks_for_help, print_help
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """Of the log in a run's folder, as in configs/train.yaml."""
 PLAN_HELP = """Plan without training: `medseg plan key=value ...` (Hydra, any key of train).
@@ -14,11 +16,11 @@ PLAN_HELP = """Plan without training: `medseg plan key=value ...` (Hydra, any ke
 Reads the cases once and says what a training would do with them and why, and which cases are unlike the rest.
 Writes plan.yaml (edit it, then: medseg train plan=FOLDER) and survey.json.
 
-`medseg plan --help` shows the groups, all keys and examples."""
+`medseg plan --help` shows the groups, all keys with their meaning, and examples."""
 HYDRA = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 TRAIN_HELP = """Train a model: `medseg train key=value ...` (Hydra).
 
-`medseg train --help` shows the groups, all keys and examples."""
+`medseg train --help` shows the groups, all keys with their meaning, and examples."""
 
 
 @click.command(
@@ -31,6 +33,9 @@ TRAIN_HELP = """Train a model: `medseg train key=value ...` (Hydra).
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def plan(arguments: tuple[str, ...]) -> None:
     """Compose the configuration as Hydra does and plan."""
+    if asks_for_help(arguments):
+        print_help("plan", arguments)
+        return
     from medseg.config import run_hydra
     from medseg.training.plan_data import plan_data
 
@@ -48,6 +53,9 @@ def plan(arguments: tuple[str, ...]) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def train(arguments: tuple[str, ...]) -> None:
     """Compose the configuration as Hydra does and train."""
+    if asks_for_help(arguments):
+        print_help("train", arguments)
+        return
     from medseg.config import resumed, run_hydra
     from medseg.training.train import train as train_model
 

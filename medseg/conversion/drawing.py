@@ -16,7 +16,8 @@ from medseg.formats.dicom.export import ENDINGS, IDENTIFIERS_REMARK, Form, write
 from medseg.formats.dicom.structures import Algorithm
 from medseg.formats.label_table import labels_for
 from medseg.formats.remarks import gathered_warnings
-from medseg.labels import IGNORE_INDEX, Labels, integer_values
+from medseg.label_values import integer_values
+from medseg.labels import IGNORE_INDEX, Labels
 from medseg.volume import Volume
 
 MANUAL = Algorithm("manual", __version__, automatic=False)
@@ -52,9 +53,10 @@ def draw(source: Path, target: Path, console: Console, options: Options, form: F
         check_targets([target], [source, *files], overwrite=options.overwrite)
         label = _onto_series(label, source, image, options)
         make_folder(target.parent)
-        write_annotation(target, form, label, labels.names[1:], files, MANUAL)
+        parts = labels.parts if labels.regions else None
+        write_annotation(target, form, label, labels.foreground, files, MANUAL, parts=parts)
     console.print(f"note: {IDENTIFIERS_REMARK}", style="yellow", highlight=False, soft_wrap=True)
-    say_written(console, target, label, warnings, ", ".join(labels.names[1:]))
+    say_written(console, target, label, warnings, ", ".join(labels.foreground))
     return [target]
 
 

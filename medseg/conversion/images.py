@@ -17,7 +17,7 @@ from medseg.errors import Code, MedsegError
 from medseg.formats import open_volume, write_image, write_label
 from medseg.formats.content import damage_with_content
 from medseg.formats.dicom.catalog import Catalog, CatalogSeries
-from medseg.formats.label_table import CaseRecord, beside, write_table
+from medseg.formats.label_table import CaseRecord, beside, write_table, written_names
 from medseg.formats.remarks import gathered_warnings
 from medseg.labels import TABLE_FILE
 from medseg.program import command
@@ -88,7 +88,7 @@ class _Tree:
             with gathered_warnings() as warnings:
                 label: Volume = draw_label(table, series.annotations, grid, series.case_id)
                 path = self.folder / f"{name}.nii.gz"
-                write_label(path, label)
+                write_label(path, label, written_names(table.labels))
         except MedsegError as error:
             self.refused(DRAWN, f"{series.case_id}, what was drawn on it", error)
             return

@@ -7,7 +7,6 @@ that of the training files; the plan of the run then asks for the same, and scan
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from medseg.conversion.nnunet_network import network_of, our_weights, refused
 from medseg.conversion.nnunet_plan import DATASET_FILE, PLANS_FILE, channels_of, labels_of, plan_of
 from medseg.conversion.options import check_targets, is_file_name, make_folder
 from medseg.data.plan.memory import GIB, step_cost
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
@@ -197,7 +197,7 @@ def _checkpoint_in(source: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MedsegError(
             Code.MISSING,

@@ -19,7 +19,7 @@ from medseg.formats.content import Kind, kind_of
 from medseg.formats.dicom.annotations import folded, masks, read_annotation
 from medseg.formats.dicom.catalog import Catalog, CatalogSeries, read_catalog
 from medseg.formats.dicom.structures import Annotation
-from medseg.formats.label_table import CaseRecord, beside, write_table
+from medseg.formats.label_table import CaseRecord, beside, write_table, written_names
 from medseg.formats.remarks import gathered_warnings
 from medseg.volume import Grid, Volume
 
@@ -54,7 +54,7 @@ def convert_annotation(path: Path, target: Path, console: Console, options: Opti
         check_targets([target, beside(target)], [path], overwrite=options.overwrite)
         label = draw_label(table, [annotation], grid, path.name)
         make_folder(target.parent)
-        write_label(target, label)
+        write_label(target, label, written_names(table.labels))
         write_table(beside(target), table.labels.to_json(), {_stem(target): CaseRecord((target.name,), label.notes)})
     if options.image is None and annotation.kind == "SEG":
         warnings.append("on the SEG's own grid; --image SERIES puts it on that of its images")
@@ -77,7 +77,7 @@ def write_separate(
     for number, mask in masks(annotation, grid, list(wanted)):
         label = Volume(mask.astype(np.uint8), grid)
         written.append(folder / files[number])
-        write_label(written[-1], label)
+        write_label(written[-1], label, {1: wanted[number]})
         say_written(console, written[-1], label, (), f"{int(mask.sum())} voxels")
     return written
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import yaml
 
 from medseg.data.structure_table import BACKGROUND, MAX_CLASSES, StructureTable, declared_table
+from medseg.documents import parse_yaml
 from medseg.errors import Code, MedsegError, nearest
 from medseg.formats.dicom.annotations import DrawnLabel, folded, overlap_of, read_label
 from medseg.formats.dicom.structures import Annotation
@@ -100,7 +101,7 @@ def _of_all(annotations: Iterable[Annotation]) -> StructureTable:
 
 def _parsed(text: str) -> StructureTable:
     try:
-        table = yaml.safe_load(text)
+        table = parse_yaml(text)
     except yaml.YAMLError:
         table = None
     if not isinstance(table, dict):

@@ -15,32 +15,30 @@ from typing import Any
 
 import numpy as np
 
-from medseg.data.inputs import find_inputs, refuse_same_ids
+from medseg.data.inputs import find_inputs, same_ids
 from medseg.data.layouts import (
     CHANNEL_SUFFIX,
     IMAGE_FOLDERS,
+    Bad,
     Case,
     DataFolder,
-    Found,
     folder_named,
-    folder_per_case,
     has_label_files,
     image_entries,
-    labels_beside_images,
     name_some,
-    paired_folders,
     visible,
 )
-from medseg.data.manifest import is_manifest, read_dataset_json, read_manifest
+from medseg.data.manifest import absent_files, is_manifest, read_dataset_json, read_manifest
+from medseg.data.pairing import Found, folder_per_case, labels_beside_images, paired_folders, refuse_or_note
 from medseg.errors import Code, MedsegError
 from medseg.formats import IMAGE_SUFFIXES, STRICT, Reading, open_label, open_volume
 from medseg.formats.dicom.annotations import read_label
-from medseg.formats.dicom.archive import is_zip, unpacked
+from medseg.formats.dicom.archive import ZIP_REMEDY, is_zip, unpacked
 from medseg.formats.label_table import read_labels
 from medseg.labels import TABLE_FILE, Labels
 from medseg.volume import Grid, Volume
 
-__all__ = ["Case", "DataFolder", "find_cases", "find_inputs", "load_image", "load_label"]
+__all__ = ["Case", "DataFolder", "find_cases", "find_inputs", "is_labelled", "load_image", "load_label"]
 
 LOOKED_FOR = (
     "a manifest.csv or manifest.json; dataset.json with imagesTr and labelsTr; folders such as images and labels; "
@@ -59,6 +57,7 @@ def find_cases(
     modality: str | None = None,
     reading: Reading = STRICT,
     progress: Callable[[int, int], None] | None = None,
+    strict: bool = True,
 ) -> DataFolder:
     """Find the cases of a data set.
 
@@ -70,18 +69,21 @@ def find_cases(
         modality: of a tree of DICOM files: take the series of this modality only.
         reading: what is asked of the readers beyond their strict defaults.
         progress: called with (files looked at, all files) where a tree of DICOM files is searched.
+        strict: refuse what is wrong with single cases. Else it is noted in `DataFolder.problems`, and the others are
+            found.
     Raises:
         MedsegError: E_NO_CASES if no layout fits, E_MISSING for an image without a label or the reverse,
             E_DUPLICATE_ID for ids that are equal or differ only in case, E_CHANNELS if cases have other channels,
             E_CONFIG for a modality where the data are no tree, and what `read_tree` refuses.
     """
     root, manifest = _located(root, manifest)
+    bad: Bad | None = None if strict else []
     if manifest is not None:
         folder = read_manifest(manifest, root)
     elif (root / "dataset.json").is_file():
-        folder = _from_dataset_json(root, require_labels=require_labels)
+        folder = _from_dataset_json(root, bad, require_labels=require_labels)
     else:
-        folder = _from_files(root, require_labels, labels, modality, reading, progress)
+        folder = _from_files(root, bad, require_labels, labels, modality, reading, progress)
     if modality is not None and folder.structures is None:
         raise MedsegError(
             Code.CONFIG,
@@ -90,14 +92,35 @@ def find_cases(
             got=f"{modality}; the data are: {folder.layout}",
             remedy="leave data.modality out",
         )
-    _check(folder, require_labels=require_labels)
-    return replace(folder, root=root, cases=tuple(sorted(folder.cases, key=lambda c: c.case_id)))
+    _check(folder, bad, require_labels=require_labels)
+    refused = {case_id for case_id, _ in bad or ()}
+    cases = tuple(sorted((c for c in folder.cases if c.case_id not in refused), key=lambda c: c.case_id))
+    if bad and not cases:
+        raise bad[0][1]
+    return replace(folder, root=root, cases=cases, problems=(*folder.problems, *(bad or ())))
+
+
+def is_labelled(root: Path) -> bool:
+    """Whether a path is a data set by its names: a table of cases, or a folder with files that are named as labels."""
+    if not root.exists():
+        return False
+    if not (root.is_dir() or is_zip(root)):
+        return is_manifest(root) or root.name == "dataset.json"
+    root, manifest = _located(root, None)
+    return manifest is not None or (root / "dataset.json").is_file() or has_label_files(root)
 
 
 def _located(root: Path, manifest: Path | None) -> tuple[Path, Path | None]:
     """The data folder and the table of its cases, where there is one."""
     if not root.exists():
-        raise MedsegError(Code.MISSING, "the data folder is not there", where=root, remedy="check data.root")
+        raise MedsegError(
+            Code.MISSING,
+            "the data folder is not there",
+            where=root,
+            expected="a folder, a zip, *.csv or *.json",
+            got="nothing",
+            remedy="check data.root",
+        )
     if is_zip(root):
         root = unpacked(root)
         inside = visible(root)
@@ -112,6 +135,8 @@ def _located(root: Path, manifest: Path | None) -> tuple[Path, Path | None]:
             "neither a folder nor a manifest",
             where=root.resolve().name,
             expected="a folder, a zip, *.csv or *.json",
+            got="another kind of file",
+            remedy="name the folder that holds the images and labels",
         )
     if manifest is None:
         manifest = next((root / name for name in ("manifest.csv", "manifest.json") if (root / name).is_file()), None)
@@ -120,6 +145,7 @@ def _located(root: Path, manifest: Path | None) -> tuple[Path, Path | None]:
 
 def _from_files(
     root: Path,
+    bad: Bad | None,
     require_labels: bool,
     labels: Mapping[str, Any] | None,
     modality: str | None,
@@ -140,7 +166,7 @@ def _from_files(
         )
         if tree is not None:
             return tree
-    found = _from_names(root, require_labels=require_labels)
+    found = _from_names(root, bad, require_labels=require_labels)
     names = read_labels(root / TABLE_FILE)  # `medseg convert` of a tree writes it
     return DataFolder(
         root, found.layout, tuple(found.cases), None if names is None else names.to_json(), found.channels
@@ -204,7 +230,14 @@ def load_label(case: Case, labels: Labels, image_grid: Grid, reading: Reading = 
 def load_label_values(case: Case, image_grid: Grid, reading: Reading = STRICT) -> Volume:
     """Like `load_label`, with the values of the file; what is drawn has the values 0, 1, 2, … of its classes."""
     if case.label is None:
-        raise MedsegError(Code.MISSING, "the case has no label", where=case.case_id)
+        raise MedsegError(
+            Code.MISSING,
+            "the case has no label",
+            where=case.case_id,
+            expected="a label file or annotations",
+            got="an image alone",
+            remedy="add the label, or leave the case out",
+        )
     if isinstance(case.label, Path):
         return _onto(open_label(case.label, reading), image_grid, case, "label")
     return read_label(case.label, image_grid)
@@ -235,10 +268,13 @@ def _describe(grid: Grid) -> str:
     return f"shape {grid.shape}, spacing ({spacing}) mm, origin ({origin}) mm, orientation {grid.orientation}"
 
 
-def _from_names(root: Path, *, require_labels: bool) -> Found:
+def _from_names(root: Path, bad: Bad | None, *, require_labels: bool) -> Found:
     for layout in (paired_folders, folder_per_case, labels_beside_images):
-        found = layout(root, require_labels=require_labels)
+        its: Bad | None = None if bad is None else []
+        found = layout(root, require_labels=require_labels, bad=its)
         if found is not None and found.cases:
+            if bad is not None:
+                bad += its or ()
             return found
     entries = {} if require_labels else image_entries(root)
     if entries:
@@ -253,54 +289,98 @@ def _from_names(root: Path, *, require_labels: bool) -> Found:
         got="the folder holds " + (name_some(p.name + "/" * p.is_dir() for p in inside) or "nothing"),
         remedy=f"did you mean its folder {better[0]}?"
         if better
+        else ZIP_REMEDY
+        if any(map(is_zip, inside))
         else "write a manifest.csv with the columns case,image,label (patient, split) beside the data",
     )
 
 
-def _from_dataset_json(root: Path, *, require_labels: bool) -> DataFolder:
+def _from_dataset_json(root: Path, bad: Bad | None, *, require_labels: bool) -> DataFolder:
     description = read_dataset_json(root / "dataset.json")
     if description.file_ending is not None and not description.file_ending.lower().endswith(IMAGE_SUFFIXES):
         raise MedsegError(
-            Code.UNSUPPORTED, "files with this ending are not read", where="dataset.json", got=description.file_ending
+            Code.UNSUPPORTED,
+            "files with this ending are not read",
+            where="dataset.json",
+            expected=" | ".join(IMAGE_SUFFIXES),
+            got=description.file_ending,
+            remedy="convert the images, for example to .nii.gz, and correct file_ending",
         )
     if description.cases is not None:
         return DataFolder(root, description.layout, description.cases, description.labels, description.channels)
-    found = _from_names(root, require_labels=require_labels)
-    known = {case.case_id for case in found.cases}
+    found = _from_names(root, bad, require_labels=require_labels)
+    known = {case.case_id for case in found.cases} | {case_id for case_id, _ in bad or ()}
     numbered = {name: match["id"] for name in description.listed if (match := CHANNEL_SUFFIX.fullmatch(name))}
-    absent = sorted(name for name in description.listed if name not in known and numbered.get(name) not in known)
-    if absent:
-        raise MedsegError(
+    refuse_or_note(
+        bad,
+        sorted(name for name in description.listed if name not in known and numbered.get(name) not in known),
+        lambda ids: MedsegError(
             Code.MISSING,
-            f"{len(absent)} training cases of dataset.json are not in the folder",
-            where=name_some(absent),
+            f"{len(ids)} training cases of dataset.json are not in the folder"
+            if bad is None
+            else "the case is in dataset.json, but not in the folder",
+            where=name_some(ids),
+            expected=f"its files in imagesTr and labelsTr, as {len(known)} cases have them",
             remedy="complete the folder, or correct the list in dataset.json",
-        )
+        ),
+    )
     return DataFolder(
         root, description.layout, tuple(found.cases), description.labels, description.channels or found.channels
     )
 
 
-def _check(folder: DataFolder, *, require_labels: bool) -> None:
+def _check(folder: DataFolder, bad: Bad | None, *, require_labels: bool) -> None:
+    """Refuse, or note, what names tell of single cases."""
     if not folder.cases:
-        raise MedsegError(Code.NO_CASES, "there is no case", where=folder.root.resolve().name, expected=LOOKED_FOR)
-    refuse_same_ids(folder.cases)
-    alone = [case.case_id for case in folder.cases if case.label is None and case.split != "test"]
-    if alone and require_labels:
         raise MedsegError(
-            Code.MISSING,
-            f"{len(alone)} case(s) have no label",
-            where=name_some(alone),
-            remedy="add their labels, leave them out, or mark them as test in the manifest's split column",
+            Code.NO_CASES,
+            "there is no case",
+            where=folder.root.resolve().name,
+            expected=LOOKED_FOR,
+            got=f"{folder.layout} without any",
+            remedy="check data.root",
         )
+    for one, other, error in same_ids(folder.cases):
+        if bad is None:
+            raise error
+        bad += [(one.case_id, error), (other.case_id, error)]
+    by_id = {case.case_id: case for case in folder.cases}
+    absent = {case.case_id: names for case in folder.cases if (names := absent_files(case))}
+    refuse_or_note(
+        bad,
+        list(absent),
+        lambda ids: MedsegError(
+            Code.MISSING,
+            f"{sum(len(absent[i]) for i in ids)} files of the table of cases are not there",
+            where=name_some(f"{i}: {name}" for i in ids for name in absent[i]),
+            expected=f"paths below {folder.root.resolve().name}",
+            remedy="paths are relative to the table's folder (to data.root where both are given)",
+        ),
+    )
+    refuse_or_note(
+        bad,
+        [case.case_id for case in folder.cases if require_labels and case.label is None and case.split != "test"],
+        lambda ids: MedsegError(
+            Code.MISSING,
+            f"{len(ids)} case(s) have no label" if len(ids) > 1 else "the case has no label",
+            where=name_some(ids),
+            expected="a label for each case that is not for test",
+            remedy="add their labels, leave them out, or mark them as test in the manifest's split column",
+        ),
+    )
     counts = Counter(len(case.images) for case in folder.cases)
     usual = counts.most_common(1)[0][0]
-    others = [case for case in folder.cases if len(case.images) != usual]
-    if others:
-        raise MedsegError(
+    refuse_or_note(
+        bad,
+        [case.case_id for case in folder.cases if len(case.images) != usual],
+        lambda ids: MedsegError(
             Code.CHANNELS,
-            f"{len(others)} cases have another number of image files than the rest",
-            where=name_some(case.case_id for case in others),
+            f"{len(ids)} cases have another number of image files than the rest"
+            if len(ids) > 1
+            else "another number of image files than the rest",
+            where=name_some(ids),
             expected=f"{usual} files",
-            got=f"{others[0].case_id}: {len(others[0].images)}",
-        )
+            got=f"{ids[0]}: {len(by_id[ids[0]].images)}",
+            remedy="give every case the same channels, or leave these out",
+        ),
+    )

@@ -100,6 +100,7 @@ def _of_modality(annotated: Sequence[CatalogSeries], modality: str | None) -> li
             where="data.modality",
             expected=count_modalities(annotated),
             got=modality,
+            remedy="choose one of those that are annotated",
         )
     return chosen
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from medseg.documents import parse_json
+from medseg.errors import Code, MedsegError
 from medseg.labels import Labels
 
 AXIS_PAIRS = ("LR", "PA", "IS")
@@ -124,3 +127,28 @@ class Survey:
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
         return {**asdict(self), "labels": self.labels.to_json()}
+
+
+def read_survey(path: Path) -> dict[str, Any]:
+    """What `Survey.to_json` gave, from the file that a run keeps of it.
+
+    Raises:
+        MedsegError: E_RUN if it is not there, or is none.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        counted = (
+            isinstance(case["case_id"], str) and [int(n) for n in case["label_voxels"]] for case in content["cases"]
+        )
+        if not all(counted):
+            raise ValueError("cases without ids or without voxels")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MedsegError(
+            Code.RUN,
+            "what the run found in its data cannot be read",
+            where=path.name,
+            got=f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else error.strerror,
+            remedy="make it again: medseg plan data.root=FOLDER writes it beside the plan",
+        ) from error
+    found: dict[str, Any] = content
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,8 @@ from medseg.data.layouts import (
 )
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading, Source, find_series, is_dicom, is_image_file, strip_suffix
-from medseg.formats.content import kind_of
-from medseg.formats.dicom.archive import is_zip, unpacked
+from medseg.formats.content import content_in_words, kind_of
+from medseg.formats.dicom.archive import ZIP_REMEDY, is_zip, unpacked
 
 if TYPE_CHECKING:
     from medseg.formats.dicom.catalog import CatalogSeries
@@ -74,11 +74,25 @@ def find_inputs(
     entries: dict[Path, Entries] = {}
     for given in paths:
         if not given.exists():
-            raise MedsegError(Code.MISSING, "the input is not there", where=given, remedy="check the path")
+            raise MedsegError(
+                Code.MISSING,
+                "the input is not there",
+                where=given,
+                expected="a file or a folder",
+                got="nothing",
+                remedy="check the path",
+            )
         path = unpacked(given) if is_zip(given) else given
         if path.is_file():
             if is_annotation(path) or not (is_image_file(path) or is_dicom(path) or reading.without_preamble):
-                raise MedsegError(Code.UNSUPPORTED, "not an image that can be read", where=path.name)
+                raise MedsegError(
+                    Code.UNSUPPORTED,
+                    "not an image that can be read",
+                    where=path.name,
+                    expected="NIfTI, DICOM, PNG, TIFF, JPEG or GIF",
+                    got=content_in_words(path) or "another kind of file",
+                    remedy="name the scan itself, or convert it",
+                )
             add_entry(entries.setdefault(path.resolve().parent, {}), strip_suffix(path.name), (path,))
         elif channels and (files := _whole_case(path, channels)):
             entries.setdefault(path.resolve(), {})[path.resolve().name] = files
@@ -142,6 +156,7 @@ def _inputs_of_folder(
             where=folder.resolve().name,
             expected="image files, DICOM series, or a folder of them per case",
             got="the folder holds " + (name_some(p.name + "/" * p.is_dir() for p in visible(folder)) or "nothing"),
+            remedy=ZIP_REMEDY if any(map(is_zip, visible(folder))) else "name the folder that holds them",
         )
     return entries
 
@@ -211,6 +226,7 @@ def _wanted(found: Sequence[CatalogSeries], modality: str | None, reading: Readi
         raise MedsegError(
             Code.NO_CASES,
             "no series has the modality that the model was trained on",
+            where="the inputs",
             expected=modality,
             got=count_modalities(others),
             remedy="give the folder of one series to segment it all the same",
@@ -281,17 +297,28 @@ def refuse_same_ids(cases: Iterable[Case]) -> None:
     Raises:
         MedsegError: E_DUPLICATE_ID for ids that are equal or differ only in case.
     """
+    for _, _, error in same_ids(cases):
+        raise error
+
+
+def same_ids(cases: Iterable[Case]) -> Iterator[tuple[Case, Case, MedsegError]]:
+    """Each two cases with ids that are equal or differ only in case, and the refusal of both."""
     seen: dict[str, Case] = {}
     for case in cases:
         other = seen.setdefault(case.case_id.casefold(), case)
         if other is not case:
-            raise MedsegError(
-                Code.DUPLICATE_ID,
-                "two cases have the same id"
-                + ("" if other.case_id == case.case_id else " but for upper and lower case"),
-                where=f"{other.case_id}, {case.case_id}",
-                got=", ".join(_place(c.images[0]) for c in (other, case)),
-                remedy="results are written under the id: rename one of them",
+            yield (
+                other,
+                case,
+                MedsegError(
+                    Code.DUPLICATE_ID,
+                    "two cases have the same id"
+                    + ("" if other.case_id == case.case_id else " but for upper and lower case"),
+                    where=f"{other.case_id}, {case.case_id}",
+                    expected="ids that differ on every file system",
+                    got=", ".join(_place(c.images[0]) for c in (other, case)),
+                    remedy="results are written under the id: rename one of them",
+                ),
             )
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from medseg.data.layouts import Case, DataFolder, name_some
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats import strip_suffix
 from medseg.labels import IGNORE, ORDER_KEY
@@ -57,6 +58,30 @@ def is_manifest(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in (".csv", ".json") and path.name != "dataset.json"
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _understood(read: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
+    """A reader of a table in which a value of another kind than it must be (a number for a list) is a refusal."""
+
+    @wraps(read)
+    def reading(path: Path, /, *args: P.args, **options: P.kwargs) -> T:
+        try:
+            return read(path, *args, **options)
+        except (AttributeError, TypeError, ValueError, KeyError, OSError, csv.Error) as error:
+            raise MedsegError(
+                Code.CONFIG,
+                "the table holds a value that is not understood",
+                where=path.name,
+                got=error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}",
+                remedy="correct it, or describe the cases in a manifest.csv (case,image,label)",
+            ) from error
+
+    return reading
+
+
+@_understood
 def read_manifest(path: Path, root: Path) -> DataFolder:
     """Read a manifest.
 
@@ -64,7 +89,7 @@ def read_manifest(path: Path, root: Path) -> DataFolder:
         path: the CSV or JSON file.
         root: folder that relative paths start from.
     Raises:
-        MedsegError: E_CONFIG for a table that is not understood, E_MISSING for files that are not there.
+        MedsegError: E_CONFIG for a table that is not understood.
     """
     labels: dict[str, Any] | None = None
     channels: tuple[str, ...] | None = None
@@ -81,6 +106,7 @@ def read_manifest(path: Path, root: Path) -> DataFolder:
                 where=path.name,
                 expected='[{"case": …, "image": …, "label": …}, …] or {"cases": [the same]}',
                 got=type(table).__name__,
+                remedy="write the cases as this list",
             )
         rows: list[dict[str, Any]] = [dict(row) for row in table]
     else:
@@ -88,7 +114,6 @@ def read_manifest(path: Path, root: Path) -> DataFolder:
     _check_columns({str(key) for row in rows for key in row}, path)
     cases = tuple(_case(row, f"{path.name}, case {number}", root) for number, row in enumerate(rows, start=1))
     named = tuple(key[len("image_") :] for key in (rows[0] if rows else ()) if key.lower().startswith("image_"))
-    _refuse_absent(cases)
     return DataFolder(root, f"manifest {path.name}", cases, labels, channels or (named if len(named) > 1 else None))
 
 
@@ -99,16 +124,29 @@ def read_json(path: Path) -> Any:
         MedsegError: E_CONFIG if it is not valid JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise MedsegError(Code.CONFIG, f"not valid JSON: {error}", where=path.name) from error
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise MedsegError(
+            Code.CONFIG,
+            f"not valid JSON: {error}",
+            where=path.name,
+            expected="JSON in UTF-8",
+            remedy="correct the file at the place that the message names",
+        ) from error
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MedsegError(Code.CONFIG, "the manifest is not UTF-8 text", where=path.name) from error
+        raise MedsegError(
+            Code.CONFIG,
+            "the manifest is not UTF-8 text",
+            where=path.name,
+            expected="UTF-8",
+            got=f"byte {error.start} is none",
+            remedy="save it as CSV UTF-8",
+        ) from error
     # spreadsheets of many countries write ; where others write a comma
     first = text.partition("\n")[0]
     rows = list(csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=first.count)))
@@ -133,6 +171,8 @@ def _check_columns(columns: Iterable[str], path: Path) -> None:
                 Code.CONFIG,
                 f"unknown column {column!r}",
                 where=path.name,
+                expected=", ".join(sorted({*COLUMNS.values(), "image_NAME"})),
+                got=column,
                 remedy=f"did you mean {close[0]!r}? otherwise rename the column",
             )
     if "image" not in meanings:
@@ -142,6 +182,7 @@ def _check_columns(columns: Iterable[str], path: Path) -> None:
             where=path.name,
             expected="case,image,label,patient,split (only image is required)",
             got=", ".join(sorted(columns)),
+            remedy="name the column of the images' paths image",
         )
 
 
@@ -160,11 +201,22 @@ def _case(row: Mapping[str, Any], where: str, root: Path) -> Case:
         elif meaning is not None and value is not None:
             fields[meaning] = str(value).strip()
     if not images:
-        raise MedsegError(Code.CONFIG, "a case without an image", where=where)
+        raise MedsegError(
+            Code.CONFIG,
+            "a case without an image",
+            where=where,
+            expected="at least one path",
+            remedy="add the path of its image, or take the row out",
+        )
     split = fields.get("split", "").lower()
     if split not in SPLITS:
         raise MedsegError(
-            Code.CONFIG, "unknown split", where=where, expected="train, val, test or nothing", got=repr(split)
+            Code.CONFIG,
+            "unknown split",
+            where=where,
+            expected="train, val, test or nothing",
+            got=repr(split),
+            remedy="correct the column split",
         )
     paths = tuple(root / image.strip() for image in images)
     return Case(
@@ -177,20 +229,16 @@ def _case(row: Mapping[str, Any], where: str, root: Path) -> Case:
     )
 
 
-def _refuse_absent(cases: Iterable[Case]) -> None:
-    absent = [
-        f"{case.case_id}: {path.name}"
-        for case in cases
-        for path in (*case.images, case.label)
-        if isinstance(path, Path) and not path.exists()
-    ]
-    if absent:
-        raise MedsegError(
-            Code.MISSING,
-            f"{len(absent)} files of the manifest are not there",
-            where=name_some(absent),
-            remedy="paths are relative to the manifest's folder (to data.root where both are given)",
-        )
+def absent_files(case: Case) -> list[str]:
+    """Names of the files of a case that are not there."""
+    return [path.name for path in (*case.images, case.label) if isinstance(path, Path) and not _exists(path)]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is longer than names may be
+        return False
 
 
 @dataclass(frozen=True)
@@ -211,15 +259,23 @@ class DatasetJson:
     """nnU-Net v2's `dataset` table: cases whose files lie elsewhere."""
 
 
+@_understood
 def read_dataset_json(path: Path) -> DatasetJson:
     """Read a `dataset.json` (MSD, nnU-Net v1 and v2).
 
     Raises:
-        MedsegError: E_CONFIG if it is not understood, E_LABEL if a class name stands twice, E_MISSING for absent files.
+        MedsegError: E_CONFIG if it is not understood, E_LABEL if a class name stands twice.
     """
     table = read_json(path)
     if not isinstance(table, Mapping):
-        raise MedsegError(Code.CONFIG, "a dataset.json is an object", where=path.name, got=type(table).__name__)
+        raise MedsegError(
+            Code.CONFIG,
+            "a dataset.json is an object",
+            where=path.name,
+            expected='{"labels": {…}, …}',
+            got=type(table).__name__,
+            remedy="get the data set again, or write a manifest.csv (case,image,label)",
+        )
     channels = table.get("channel_names", table.get("modality"))
     if isinstance(channels, Mapping):
         channels = [channels[key] for key in sorted(channels, key=int)]
@@ -230,13 +286,12 @@ def read_dataset_json(path: Path) -> DatasetJson:
             _case({"case": name, **row}, f"{path.name}, case {name}", path.parent)
             for name, row in table["dataset"].items()
         )
-        _refuse_absent(cases)
     return DatasetJson(
         layout="nnU-Net v2 (dataset.json)" if "channel_names" in table else "MSD / nnU-Net v1 (dataset.json)",
         labels=_with_order(table, _names_to_values(table["labels"], path)) if table.get("labels") else None,
         channels=tuple(str(c) for c in channels) if channels else None,
-        file_ending=table.get("file_ending"),
-        listed=tuple(strip_suffix(Path(name).name) for name in listed),
+        file_ending=None if table.get("file_ending") is None else str(table["file_ending"]),
+        listed=tuple(strip_suffix(Path(str(name)).name) for name in listed),
         cases=cases,
     )
 
@@ -247,7 +302,14 @@ def _names_to_values(table: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return dict(table)
     names = [str(name) for name in table.values()]
     if len(set(names)) != len(names):
-        raise MedsegError(Code.LABEL, "a class name stands twice", where=path.name, got=", ".join(names))
+        raise MedsegError(
+            Code.LABEL,
+            "a class name stands twice",
+            where=path.name,
+            expected="a name for each value",
+            got=", ".join(names),
+            remedy="rename one of them, or state data.labels",
+        )
     return {str(name): int(value) for value, name in table.items()}
 
 

@@ -26,7 +26,7 @@ from medseg.data.memory import available_bytes
 from medseg.data.plan import Plan
 from medseg.data.prepared import PreparedCase
 from medseg.data.preprocess import prepare_image, prepare_label
-from medseg.data.store import Entry, Store
+from medseg.data.store import Entry, Store, basis_of
 from medseg.data.stored_array import StoredArray, StoredPositions, block_edges, compressed, positions_of, rounded
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading
@@ -147,7 +147,7 @@ def prepare_cases(
             where="data.in_memory",
             remedy="name a folder (data.store=FOLDER), or set data.in_memory=auto",
         )
-    settings = settings_of(plan, labels)
+    basis = basis_of("prepared", settings_of(plan, labels), reading)
     room = _Room(MEMORY_SHARE * available_bytes(), in_memory)
     found = 0
     done: list[PreparedCase] = []
@@ -155,7 +155,7 @@ def prepare_cases(
     torch.set_num_threads(1)  # cases go in parallel: torch's own threads would only meet each other
     try:
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(_prepare, case, plan, labels, settings, store, room, reading) for case in cases]
+            futures = [pool.submit(_prepare, case, plan, labels, basis, store, room, reading) for case in cases]
             try:
                 for number, future in enumerate(futures, start=1):
                     case, was_found = future.result()
@@ -187,7 +187,7 @@ def _prepare(
     case: Case,
     plan: Plan,
     labels: Labels,
-    settings: Mapping[str, Any],
+    basis: str,
     store: Store,
     room: _Room,
     reading: Reading,
@@ -196,7 +196,7 @@ def _prepare(
     key = ""
     if store.folder is not None:
         with suppress(OSError):  # a file that is gone: its reader has better words for it
-            key = store.key(case, "prepared", settings, reading)
+            key = store.key(case, basis)
     entry = store.read(key, case.case_id) if key else None
     if entry is not None:
         stored = _from_store(entry, case.case_id)

@@ -36,14 +36,7 @@ def prepare_image(volume: Volume, plan: Plan) -> tuple[torch.Tensor, Grid]:
         order, and values to 1e-3 of a deviation (tests/test_preprocess_nnunet.py). A masked z-score counts the nonzero
         voxels, where nnU-Net counts in training, but not in prediction, labelled voxels outside them too.
     """
-    if volume.grid.ndim != plan.spatial_dims or volume.array.shape[0] != plan.num_channels:
-        raise MedsegError(
-            Code.MODEL,
-            "the image does not fit the model",
-            expected=f"{plan.num_channels} channel(s), {plan.spatial_dims}D",
-            got=f"{volume.array.shape[0]} channel(s), {volume.grid.ndim}D",
-            remedy="give the same channels, in the same order, as the training cases had",
-        )
+    refuse_misfit(volume, plan)
     oriented = _oriented(volume, plan)
     array, grid = oriented.array, oriented.grid
     if plan.crop:
@@ -52,6 +45,22 @@ def prepare_image(volume: Volume, plan: Plan) -> tuple[torch.Tensor, Grid]:
     image = torch.from_numpy(_normalised(array, plan))
     target = planned_grid(grid, plan)
     return _resampled_image(image, target.shape, coarse_axis(grid, plan)), target
+
+
+def refuse_misfit(volume: Volume, plan: Plan) -> None:
+    """Refuse an image that a model of this plan cannot take.
+
+    Raises:
+        MedsegError: E_MODEL if channels or dimensions do not fit the plan.
+    """
+    if volume.grid.ndim != plan.spatial_dims or volume.array.shape[0] != plan.num_channels:
+        raise MedsegError(
+            Code.MODEL,
+            "the image does not fit the model",
+            expected=f"{plan.num_channels} channel(s), {plan.spatial_dims}D",
+            got=f"{volume.array.shape[0]} channel(s), {volume.grid.ndim}D",
+            remedy="give the same channels, in the same order, as the training cases had",
+        )
 
 
 def prepare_label(label: Volume, plan: Plan, num_classes: int, grid: Grid | None = None) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Cases of one patient are never on both sides. Where nothing tells the patients, neighbours in the sorted ids stay
 together, because numbers are usually given out one after the other: two sides of one person, slices of one stack. Each
 border between blocks may part such a pair, so blocks are as large as they can be: one per fold, and smaller ones only
-where a class (or a stratum of a manifest) would be absent from a fold otherwise.
+where a class (or a stratum of a manifest) would be absent from a fold otherwise. Where some patients are known, blocks
+that share one are one block.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from medseg.data.blocks import folds_of_blocks
 from medseg.data.layouts import Case, name_some
-from medseg.data.stratify import Traits, deal, fewest_lacking
+from medseg.data.stratify import Traits, deal
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError, nearest
 from medseg.formats.atomic import whole_file
 
@@ -29,8 +30,6 @@ OVERFITTING = "overfitting"
 """The rule of a split begins with it where the same cases train and validate."""
 BIDS_SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+)(?:_.*)?")
 """BIDS file names begin with the person: `sub-12_ses-2_T1w`."""
-MIN_BLOCK = 3
-"""Fewest neighbours in a block, on average: of smaller blocks every case would lie at a border."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class SplitConfig:
     num_folds: int = 5
     """Number of folds: one in this many cases validates."""
     by: Literal["auto", "patient", "block"] = "auto"
-    """What stays together: patients, blocks of neighbouring ids, or patients where they are known ("auto")."""
+    """What stays together: patients, blocks of neighbouring ids, or patients where they are known ("auto"; where only
+    some are, blocks that part none of these)."""
     stratify: bool = True
     """Give each fold a like share of the classes, of their volumes, and of a manifest's strata (its column `stratum`
     or `site`)."""
@@ -219,7 +219,7 @@ def write_splits(path: Path, splits: Sequence[Split]) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MedsegError(Code.MISSING, "the split is not there", where=path.name) from error
     except (ValueError, OSError) as error:
@@ -323,24 +323,14 @@ def _by_fold(
         folds, _ = deal(list(of_patient.values()), traits, config.num_folds, seed)
         how = f"shuffled, {balanced}" if balanced else "shuffled"
         return set(folds[fold]), f"by patient ({several} {how}, {which})"
-    folds, num_blocks = _of_blocks(ids, traits, config.num_folds, seed)
+    known = {} if config.by == "block" else patients
+    folds, num_blocks = folds_of_blocks(ids, known, traits, config.num_folds, seed)
     why = "neighbours are often one person or one stack"
+    if known:
+        why = f"the patient of {len(unknown)} cases is not known and {why}; known patients stay together"
     if num_blocks > config.num_folds:
         which = f"{num_blocks} blocks, {balanced}, {which}"
     return set(folds[fold]), f"by block of the sorted ids, because {why} ({which})"
-
-
-def _of_blocks(ids: Sequence[str], traits: Traits, num_folds: int, seed: int) -> tuple[list[tuple[str, ...]], int]:
-    """Folds of the largest blocks that leave no more classes and strata out of folds than smaller ones do."""
-    fewest, tries = fewest_lacking(ids, traits, num_folds), []
-    for pieces in range(1, max(len(ids) // (MIN_BLOCK * num_folds), 1) + 1):
-        parts = np.array_split(np.arange(len(ids)), max(min(num_folds * pieces, len(ids)), 1))
-        folds, lacking = deal([[ids[k] for k in part] for part in parts], traits, num_folds, seed)
-        tries.append((lacking, len(parts), folds))
-        if lacking <= fewest:
-            break
-    _, num_blocks, best = min(tries, key=lambda found: found[:2])
-    return best, num_blocks
 
 
 def _refuse_empty(split: Split, num_cases: int, config: SplitConfig, fold: int, *, num_bad: int) -> None:

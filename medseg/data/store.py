@@ -37,6 +37,7 @@ from typing import Any
 from medseg.data.layouts import Case
 from medseg.data.memory import available_bytes
 from medseg.data.stored_array import forget
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, Source
 from medseg.formats.dicom.annotations import DrawnLabel
@@ -59,7 +60,7 @@ _TEMPORARY = ".new-"
 _READ_BYTES = 1 << 20
 _LIBRARIES = ("numpy", "scipy", "torch", "nibabel", "pydicom", "pyjpegls", "python-gdcm", "pillow")
 """What decodes and resamples."""
-_CODE = ("formats", "data", "labels.py", "resampling.py", "volume.py")
+_CODE = ("formats", "data", "label_values.py", "labels.py", "resampling.py", "volume.py")
 """What of medseg decides what entries hold."""
 
 
@@ -87,23 +88,14 @@ class Store:
         if folder is not None and folder.is_dir():
             _tidy(folder)
 
-    def key(self, case: Case, kind: str, settings: Mapping[str, Any], reading: Reading) -> str:
+    def key(self, case: Case, basis: str) -> str:
         """The key of what follows from a case's files.
 
         Args:
             case: its files are read.
-            kind: what the entry holds.
-            settings: plain values, as JSON holds them.
-            reading: how the files are read.
+            basis: what it follows from beside them, by `basis_of`.
         """
-        parts = {
-            "format": [FORMAT, code_digest()],
-            "kind": kind,
-            "case": [case.case_id, self._digest(case)],
-            "reading": asdict(reading),
-            "settings": settings,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([basis, case.case_id, self._digest(case)]).encode()).hexdigest()
 
     def _digest(self, case: Case) -> str:
         """Of the bytes of all files of a case; they are read once."""
@@ -125,7 +117,7 @@ class Store:
             return None
         folder = self.folder / key
         try:
-            content = json.loads((folder / CONTENT).read_bytes())
+            content = parse_json((folder / CONTENT).read_bytes())
             values, sums = content["values"], content["sums"]
             whole = content["digest"] == _digest_of(values, sums)
             whole = whole and all(_checksum(folder / name) == wanted for name, wanted in sums.items())
@@ -217,6 +209,23 @@ class Decoded:
         """Forget everything: the survey's cases that are not prepared."""
         for case_id in list(self._cases):
             self.take(case_id)
+
+
+def basis_of(kind: str, settings: Mapping[str, Any], reading: Reading) -> str:
+    """What entries follow from beside the files of their case; the same for all cases.
+
+    Args:
+        kind: what an entry holds.
+        settings: plain values, as JSON holds them.
+        reading: how the files are read.
+    """
+    parts = {
+        "format": [FORMAT, code_digest()],
+        "kind": kind,
+        "reading": asdict(reading),
+        "settings": settings,
+    }
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def case_digest(case: Case) -> str:

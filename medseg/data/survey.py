@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from medseg.data.anomalies import find_anomalies
 from medseg.data.cases import Case, DataFolder, load_image, load_label_values
 from medseg.data.facts import CaseInfo, ChannelStats, Problem, Survey
-from medseg.data.layouts import name_some
 from medseg.data.store import Store
 from medseg.data.structure_table import refuse_overlap
-from medseg.data.survey_cache import remembered
+from medseg.data.survey_cache import remembered, survey_basis
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading
-from medseg.labels import IGNORE_INDEX, Labels, integer_values
+from medseg.label_values import integer_values
+from medseg.labels import IGNORE_INDEX, Labels
 from medseg.volume import MODEL_ORIENTATION
 
 MAX_FOUND_VALUES = 64
@@ -65,6 +65,7 @@ def survey(
     training: Callable[[Sequence[CaseInfo]], Collection[str]] | None = None,
     reading: Reading = STRICT,
     store: Store | None = None,
+    refused: dict[str, MedsegError] | None = None,
 ) -> Survey:
     """Read every case once, check it, and take its statistics.
 
@@ -80,20 +81,22 @@ def survey(
             cases and gives ids back: folds are balanced by what only reading tells.
         reading: what is asked of the readers beyond their strict defaults.
         store: where what was read of unchanged files is found and kept, and decoded cases wait to be prepared.
+        refused: where given, takes what is wrong with each case, by id, also where this raises.
     Raises:
-        MedsegError: the one problem, or all of them in one table; E_LABEL, E_CHANNELS or E_MIXED where cases do not
-            fit together.
+        MedsegError: the one problem, or all of them in one table; E_LABEL where no table of labels fits the cases.
     """
     declared, labels_from = _declared(folder, declared_labels, regions_order)
     readings, problems = _read_all(folder, declared, num_threads, reading, store or Store(None), progress)
     if declared is not None:
         problems.update(_undeclared(readings.values(), declared))
+    problems.update(_of_other_kind([r for case_id, r in readings.items() if case_id not in problems]))
     all_bad = all(case.case_id in problems for case in folder.cases)
     problems.update(folder.problems)
+    if refused is not None:
+        refused.update(problems)
     if on_bad_case == "error" or all_bad:
-        _raise_problems(problems, len(folder.cases), can_skip=not all_bad)
+        _raise_problems(problems, len({*problems, *(case.case_id for case in folder.cases)}), can_skip=not all_bad)
     good = [readings[case.case_id] for case in folder.cases if case.case_id not in problems]
-    _refuse_other_kind(good)
     labels = declared or _labels_of_values(good)
     infos = tuple(_with_classes(reading, labels) for reading in good)
     if not any(sum(info.label_voxels[1:]) for info in infos):
@@ -157,8 +160,18 @@ def _read_all(
 ) -> tuple[dict[str, _CaseRead], dict[str, MedsegError]]:
     readings: dict[str, _CaseRead] = {}
     problems: dict[str, MedsegError] = {}
+    settings = {
+        "channels": folder.channels,
+        "declared": None if declared is None else asdict(declared),
+        "structures": repr(folder.structures),
+    }
+    basis = survey_basis(_CaseRead, settings, reading)
+
+    def read(case: Case) -> _CaseRead:
+        return remembered(_CaseRead, lambda: _decode(case, folder, declared, reading, store), store, case, basis)
+
     with ThreadPoolExecutor(num_threads) as pool:
-        running = {pool.submit(_read, case, folder, declared, reading, store): case for case in folder.cases}
+        running = {pool.submit(read, case): case for case in folder.cases}
         try:
             for done, future in enumerate(as_completed(running), start=1):
                 case_id = running[future].case_id
@@ -177,18 +190,6 @@ def _read_all(
     return readings, problems
 
 
-def _read(case: Case, folder: DataFolder, declared: Labels | None, reading: Reading, store: Store) -> _CaseRead:
-    """What remains of a case, from the store or from its files."""
-    settings = {
-        "channels": folder.channels,
-        "declared": None if declared is None else asdict(declared),
-        "structures": repr(folder.structures),
-    }
-    return remembered(
-        _CaseRead, lambda: _decode(case, folder, declared, reading, store), store, case, settings, reading
-    )
-
-
 def _decode(case: Case, folder: DataFolder, declared: Labels | None, reading: Reading, store: Store) -> _CaseRead:
     """Read one case. Its arrays are left to `store.decoded`, where they wait to be prepared."""
     image = load_image(case, channels=folder.channels, reading=reading)
@@ -197,9 +198,9 @@ def _decode(case: Case, folder: DataFolder, declared: Labels | None, reading: Re
         refuse_overlap(drawn.notes, case.case_id, folder.structures)
     label = integer_values(drawn.array, where=case.case_id)
     store.decoded.keep(case.case_id, image, drawn)
-    values, counts = np.unique(label, return_counts=True)
-    foreground = np.isin(label, [v for v in values if _is_foreground(int(v), declared)])
-    num_foreground = int(foreground.sum())
+    voxels_of_value = _counts(label)
+    foreground = np.isin(label, [value for value in voxels_of_value if _is_foreground(value, declared)])
+    num_foreground = int(np.count_nonzero(foreground))
     random = np.random.default_rng(zlib.crc32(case.case_id.encode()))  # the same voxels whatever thread comes first
     candidates = num_foreground or label.size
     chosen = random.choice(candidates, min(SAMPLE_VOXELS, candidates), replace=False)
@@ -223,8 +224,17 @@ def _decode(case: Case, folder: DataFolder, declared: Labels | None, reading: Re
         notes=tuple(dict.fromkeys((*image.notes, *drawn.notes))),
     )
     pooled = sample[:, : POOLED_VOXELS if num_foreground else 0].copy()
-    voxels_of_value = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
     return _CaseRead(info, voxels_of_value, grid.shape, grid.spacing_mm, pooled)
+
+
+def _counts(label: NDArray[np.integer[Any]]) -> dict[int, int]:
+    """Voxels of each value that occurs, in ascending order."""
+    if label.size and label.min() >= 0 and label.max() < 1 << 16:  # nothing to sort or to hash
+        counts = np.zeros(int(label.max()) + 1, np.int64)
+        for plane in label:  # bincount copies what it counts to 64 bits
+            counts += np.bincount(plane.reshape(-1), minlength=len(counts))
+        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    return {int(value): int(count) for value, count in zip(*np.unique(label, return_counts=True), strict=True)}
 
 
 def _nonzero_shape(array: NDArray[Any]) -> tuple[int, ...]:
@@ -328,30 +338,33 @@ def _raise_problems(problems: Mapping[str, MedsegError], num_cases: int, *, can_
         one = ordered[0]
         raise MedsegError(one.code, one.message, where=one.where, expected=one.expected, got=one.got, remedy=remedy)
     table = [f"{case_id}: {problems[case_id].code} {problems[case_id].message}" for case_id in sorted(problems)]
-    more = [f"and {len(table) - MAX_PROBLEMS} more"] if len(table) > MAX_PROBLEMS else []
+    more = [f"and {len(table) - MAX_PROBLEMS} more: medseg inspect DATA lists all"] if len(table) > MAX_PROBLEMS else []
     raise MedsegError(
         ordered[0].code,
         f"{len(ordered)} of {num_cases} cases cannot be used",
+        where="data.root",
+        expected="cases that can all be used",
         got="\n    ".join(["", *table[:MAX_PROBLEMS], *more]),
         remedy=remedy,
     )
 
 
-def _refuse_other_kind(readings: Sequence[_CaseRead]) -> None:
-    """All cases must have the same number of dimensions and channels."""
-    kinds = [
-        (Code.MIXED, "dimensions", {r.info.case_id: len(r.info.shape) for r in readings}),
+def _of_other_kind(readings: Sequence[_CaseRead]) -> dict[str, MedsegError]:
+    """E_MIXED or E_CHANNELS for each case with other numbers of dimensions or channels than most have."""
+    problems: dict[str, MedsegError] = {}
+    for code, what, number_of in (
         (Code.CHANNELS, "channels", {r.info.case_id: len(r.info.intensity) for r in readings}),
-    ]
-    for code, what, number_of in kinds:
-        usual = Counter(number_of.values()).most_common(1)[0][0]
-        others = [case_id for case_id, number in number_of.items() if number != usual]
-        if others:
-            raise MedsegError(
-                code,
-                f"{len(others)} cases have another number of {what} than the rest",
-                where=name_some(others),
-                expected=f"{usual} {what}, as {len(readings) - len(others)} cases have",
-                got=f"{others[0]}: {number_of[others[0]]}",
-                remedy="convert them, or leave them out with a manifest (case,image,label)",
-            )
+        (Code.MIXED, "dimensions", {r.info.case_id: len(r.info.shape) for r in readings}),
+    ):
+        ((usual, num_usual),) = Counter(number_of.values()).most_common(1) or [(0, 0)]
+        for case_id, number in number_of.items():
+            if number != usual:
+                problems[case_id] = MedsegError(
+                    code,
+                    f"another number of {what} than the rest",
+                    where=case_id,
+                    expected=f"{usual} {what}, as {num_usual} cases have",
+                    got=f"{case_id}: {number}",
+                    remedy="convert it, or leave it out with a manifest (case,image,label)",
+                )
+    return problems

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from medseg.data.layouts import Case
-from medseg.data.store import Store
+from medseg.data.store import Store, basis_of
 from medseg.errors import MedsegError
 from medseg.formats import Reading
 from medseg.registry import make_config, type_hints
@@ -20,23 +20,32 @@ from medseg.registry import make_config, type_hints
 T = TypeVar("T")
 
 
-def remembered(
-    cls: type[T], read: Callable[[], T], store: Store, case: Case, settings: Mapping[str, Any], reading: Reading
-) -> T:
+def survey_basis(cls: type, settings: Mapping[str, Any], reading: Reading) -> str:
+    """What is remembered under, beside the files of a case.
+
+    Args:
+        cls: the dataclass that is remembered: another form is another key.
+        settings: what it follows from beside the files and how they are read.
+        reading: how the files are read.
+    """
+    return basis_of("survey", {"fields": _fields(cls), **settings}, reading)
+
+
+def remembered(cls: type[T], read: Callable[[], T], store: Store, case: Case, basis: str) -> T:
     """What `read` gives, from the store if it is there, else kept there.
 
     Args:
         cls: the dataclass that `read` returns. Its fields are dataclasses, float32 arrays, mappings of whole numbers,
             or tuples of plain values.
         read: reads the case.
-        settings: what it follows from beside the files and how they are read.
+        basis: by `survey_basis`.
     Raises:
         MedsegError: as `read`. That nothing can be kept is no error here: preparing the case will say so.
     """
     if store.folder is None:
         return read()
     try:
-        key = store.key(case, "survey", {"fields": _fields(cls), **settings}, reading)
+        key = store.key(case, basis)
     except OSError:  # the reader of the file has better words for it
         return read()
     entry = store.read(key, case.case_id)

@@ -17,7 +17,7 @@ import numpy as np
 from medseg.errors import Code, MedsegError
 from medseg.formats.content import REMEDY_OF_NAME, Kind, content_in_words, is_dicom, kind_of
 from medseg.formats.reading import STRICT, Reading
-from medseg.labels import integer_values, smallest_integer_type
+from medseg.label_values import integer_values, smallest_integer_type
 from medseg.volume import Grid, Volume
 
 __all__ = [
@@ -73,7 +73,7 @@ def open_volume(source: Source, reading: Reading = STRICT) -> Volume:
     if kind is Kind.NIFTI:
         from medseg.formats import nifti
 
-        return nifti.read_image(source, channels=reading.channels)
+        return nifti.read_image(source, reading)
     from medseg.formats import picture
 
     return picture.read_image(source)
@@ -99,13 +99,15 @@ def open_label(source: Source, reading: Reading = STRICT) -> Volume:
                 Code.LABEL,
                 "a label map has one value per voxel",
                 where=source.name,
+                expected="one channel",
                 got=f"{len(volume.array)} channels",
+                remedy="draw the label as SEG or RTSTRUCT, or in a grey picture",
             )
         return replace(volume, array=volume.array[0])
     if kind is Kind.NIFTI:
         from medseg.formats import nifti
 
-        return nifti.read_label(source)
+        return nifti.read_label(source, reading)
     from medseg.formats import picture
 
     return picture.read_label(source)
@@ -124,7 +126,7 @@ def read_grid(source: Source, reading: Reading = STRICT) -> Grid:
     if kind is Kind.NIFTI:
         from medseg.formats import nifti
 
-        return nifti.read_grid(source)
+        return nifti.read_grid(source, reading)
     from medseg.formats import picture
 
     return picture.read_grid(source)
@@ -144,7 +146,12 @@ def write_label(path: Path, label: Volume, names: Mapping[int, str] | None = Non
     path = Path(path)
     if not label.is_label:
         raise MedsegError(
-            Code.GRID, "a label map has no channels", where=path.name, expected=label.grid.shape, got=label.array.shape
+            Code.GRID,
+            "a label map has no channels",
+            where=path.name,
+            expected=label.grid.shape,
+            got=label.array.shape,
+            remedy="write one class index per voxel",
         )
     values = integer_values(label.array, where=path.name)
     dtype = smallest_integer_type(values)
@@ -220,7 +227,14 @@ def _kind(path: Path, reading: Reading) -> Kind:
     if path.is_dir():
         return Kind.DICOM
     if not path.is_file():
-        raise MedsegError(Code.MISSING, "there is no such file", where=path.name, remedy="check the path")
+        raise MedsegError(
+            Code.MISSING,
+            "there is no such file",
+            where=path.name,
+            expected="an image file, or a folder of DICOM slices",
+            got="nothing",
+            remedy="check the path",
+        )
     kind = kind_of(path)
     if kind is not None:
         return kind
@@ -274,6 +288,8 @@ def _written_kind(path: Path, volume: Volume) -> Kind:
                 Code.NO_GEOMETRY,
                 "a picture has no position in a patient and cannot be written as NIfTI",
                 where=path.name,
+                expected="a volume in mm",
+                got=f"a picture of shape {volume.grid.shape}",
                 remedy="write .png or .tif",
             )
         return Kind.NIFTI
@@ -283,6 +299,8 @@ def _written_kind(path: Path, volume: Volume) -> Kind:
             "files with this ending are not written",
             where=path.name,
             expected=" | ".join(NIFTI_SUFFIXES + PICTURE_SUFFIXES),
+            got=path.suffix or "no ending",
+            remedy="name the file with one of these endings",
         )
     if not is_picture or volume.grid.ndim != 2:
         raise MedsegError(

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from medseg.documents import parse_json, parse_yaml
 from medseg.errors import Code, MedsegError
 from medseg.formats import strip_suffix
 from medseg.formats.atomic import whole_file
@@ -88,11 +91,38 @@ def labels_for(label: Path) -> Labels | None:
     return own if own is not None else read_labels(label.with_name(TABLE_FILE))
 
 
+def table_of(text: str) -> dict[str, Any]:
+    """A table of classes as a command line holds it, in YAML: {name: value}, {name: structure} or lists of these.
+
+    Raises:
+        MedsegError: E_LABEL if it is no table.
+    """
+    try:
+        table = parse_yaml(text)
+    except yaml.YAMLError:
+        table = None
+    if not isinstance(table, dict):
+        raise MedsegError(
+            Code.LABEL,
+            "the table of labels cannot be read",
+            where="--labels",
+            expected='"{liver: 1, spleen: 2}"',
+            got=text,
+            remedy="put the whole table into quotes, with a blank behind each colon",
+        )
+    return {str(name): value for name, value in table.items()}
+
+
+def written_names(labels: Labels) -> dict[int, str]:
+    """Value in label files → name of the class, without the background, for the header of NIfTI files."""
+    return dict(zip(labels.written_values()[1:], labels.names[1:], strict=True))
+
+
 def _read(table: Path) -> dict[str, Any]:
     if not table.is_file():
         return {}
     try:
-        content = json.loads(table.read_text(encoding="utf-8"))
+        content = parse_json(table.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unreadable(table, error) from error
     if not isinstance(content, dict):

@@ -23,7 +23,9 @@ from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.formats.content import is_gzip, open_stream
 from medseg.formats.limits import check_size
+from medseg.formats.nifti_form import FORM_TOLERANCE_VOXELS, disagreement_mm, placed_by
 from medseg.formats.nifti_names import CODES, names_extension
+from medseg.formats.reading import STRICT, Reading
 from medseg.volume import Grid, Volume
 
 HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -31,18 +33,12 @@ HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 SINGLE_MAGIC = (b"n+1", b"n+2")
 PAIR_MAGIC = (b"ni1", b"ni2")
 
-FORM_TOLERANCE_VOXELS = 0.5
-"""sform and qform agree if no corner of the volume moves by more than this part of the smallest voxel side. Less never
-puts a voxel's centre into another voxel, and float32 quaternions of rotations near 180 degrees are off by up to
-7e-4 rad: 0.3 mm at 400 mm. Files in use stay below 0.01 mm; real conflicts are millimetres."""
 MAX_EXTENSION_BYTES = 2**26
 """Largest distance from the header to the voxels (header extensions stand between)."""
 MAX_TRAILING_BYTES = 2**20
 """What a gzip stream may hold after the last voxel; more is a bomb or another kind of file."""
 CHUNK_VOXELS = 2**22
 """Voxels converted at a time."""
-MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
-"""NIfTI's codes of the spatial unit (low three bits of xyzt_units): unknown is read as mm, as everybody does."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,8 @@ class Header:
     """Bytes before the first voxel."""
     scale: tuple[float, float] | None
     """(slope, intercept), or None where the header sets none."""
+    notes: tuple[str, ...] = ()
+    """How its place came to be, where that is worth knowing (`Volume.notes`)."""
 
     @property
     def num_channels(self) -> int:
@@ -68,9 +66,12 @@ class Header:
         return math.prod(self.file_shape[3:])
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, reading: Reading = STRICT) -> Header:
     """Parse and check a header; no voxel is read.
 
+    Args:
+        path: the file, or half of a pair.
+        reading: `form` and `without_form` say what places it.
     Raises:
         MedsegError: E_TRUNCATED, E_UNSUPPORTED (colour, complex, more than 4 dimensions), E_MISSING (half of a
             pair), E_NO_GEOMETRY, E_FORM, E_AFFINE, E_SHEAR, E_LIMIT.
@@ -85,6 +86,8 @@ def read_header(path: Path) -> Header:
             Code.MISSING,
             "the file is the header half of a pair, under a name that does not tell where the other half is",
             where=path.name,
+            expected="a name that ends in .hdr",
+            got=f"a pair's magic {magic.decode('ascii', 'replace')!r} under the ending {path.suffix or 'none'}",
             remedy="name the two halves <name>.hdr and <name>.img",
         )
     if magic not in PAIR_MAGIC + SINGLE_MAGIC:
@@ -104,28 +107,28 @@ def read_header(path: Path) -> Header:
     gzipped = is_gzip(data_path)
     size = data_path.stat().st_size
     check_size(shape, dtype.itemsize, size if gzipped else max(size - offset, 0), where=path.name, compressed=gzipped)
-    grid = Grid(shape[:3], _affine(header, shape[:3], path))
-    return Header(path, data_path, grid, shape, dtype, offset, _scale(header))
+    grid, notes = placed_by(header, shape[:3], path, reading)
+    return Header(path, data_path, grid, shape, dtype, offset, _scale(header), notes)
 
 
-def read_grid(path: Path) -> Grid:
+def read_grid(path: Path, reading: Reading = STRICT) -> Grid:
     """The grid of a file from its header alone. Raises as `read_header`."""
-    return read_header(path).grid
+    return read_header(path, reading).grid
 
 
-def read_image(path: Path, *, channels: bool = False) -> Volume:
+def read_image(path: Path, reading: Reading = STRICT) -> Volume:
     """Read an image.
 
     Args:
         path: the file; (x, y), (x, y, z, 1) and (x, y, z) are read as one channel of (x, y, z).
-        channels: True if a 4th (or 5th, after an empty 4th) dimension holds channels.
+        reading: `channels` if a 4th (or 5th, after an empty 4th) dimension holds channels; as `read_header`.
     Returns:
         float32 (C, i, j, k) in the file's own index order, scaled by scl_slope and scl_inter.
     Raises:
         MedsegError: as `read_header`; E_4D for undeclared channels; E_NONFINITE; E_TRUNCATED (also wrong CRC).
     """
-    header = read_header(path)
-    if header.num_channels > 1 and not channels:
+    header = read_header(path, reading)
+    if header.num_channels > 1 and not reading.channels:
         raise _four_d(header, "declare the fourth dimension as channels, or split it into one file per channel")
     flat = np.empty(math.prod(header.file_shape), dtype=np.float32)
     not_finite = 0
@@ -142,23 +145,23 @@ def read_image(path: Path, *, channels: bool = False) -> Volume:
             remedy="replace them, for example by the value of air or the background",
         )
     array = flat.reshape((*header.grid.shape, header.num_channels), order="F")
-    return Volume(np.moveaxis(array, -1, 0), header.grid)
+    return Volume(np.moveaxis(array, -1, 0), header.grid, notes=header.notes)
 
 
-def read_label(path: Path) -> Volume:
+def read_label(path: Path, reading: Reading = STRICT) -> Volume:
     """Read a label map: (i, j, k), the values and the type of the file (float64 where the header scales them).
 
     Raises:
         MedsegError: as `read_header`; E_4D; E_TRUNCATED.
     """
-    header = read_header(path)
+    header = read_header(path, reading)
     if header.num_channels > 1:
         raise _four_d(header, "write one label map with one id per class")
     native = header.dtype.newbyteorder("=")
     flat = np.empty(math.prod(header.file_shape), dtype=np.float64 if header.scale else native)
     for start, values in _chunks(header):
         flat[start : start + values.size] = values
-    return Volume(flat.reshape(header.grid.shape, order="F"), header.grid)
+    return Volume(flat.reshape(header.grid.shape, order="F"), header.grid, notes=header.notes)
 
 
 def write(path: Path, array: NDArray[Any], grid: Grid, *, names: Mapping[int, str] | None = None) -> None:
@@ -190,7 +193,7 @@ def placed(array: NDArray[Any], grid: Grid) -> Any:
     header["descrip"] = b"medseg"
     image.set_sform(grid.affine, code=1)
     image.set_qform(grid.affine, code=1)
-    if _disagreement_mm(header, grid.shape) > FORM_TOLERANCE_VOXELS * min(grid.spacing_mm):
+    if disagreement_mm(header, grid.shape) > FORM_TOLERANCE_VOXELS * min(grid.spacing_mm):
         image.set_qform(None)
     return image
 
@@ -210,6 +213,7 @@ def _pair(path: Path) -> tuple[Path, Path]:
                 "half of a NIfTI pair is missing",
                 where=path.name,
                 expected=half.name,
+                got=f"{path.name} alone",
                 remedy="copy both files, the .hdr and the .img, into the folder",
             )
     return halves[0], halves[1]
@@ -301,46 +305,6 @@ def _scale(header: Any) -> tuple[float, float] | None:
     return None if (slope, intercept) == (1.0, 0.0) else (slope, intercept)
 
 
-def _affine(header: Any, shape: tuple[int, ...], path: Path) -> NDArray[np.float64]:
-    """Index → mm in RAS+, from the sform if it is coded, else the qform."""
-    qform_code, sform_code = int(header["qform_code"]), int(header["sform_code"])
-    if qform_code <= 0 and sform_code <= 0:
-        raise MedsegError(
-            Code.NO_GEOMETRY,
-            "neither sform nor qform is set: the file does not say where its voxels lie",
-            where=path.name,
-            expected="sform_code or qform_code above 0",
-            got="both 0",
-            remedy="convert the original DICOM files again, or set the affine if you know it",
-        )
-    try:
-        affine = header.get_sform() if sform_code > 0 else header.get_qform()
-        disagreement = _disagreement_mm(header, shape) if qform_code > 0 and sform_code > 0 else 0.0
-    except (HeaderDataError, ValueError, np.linalg.LinAlgError) as error:
-        raise MedsegError(
-            Code.AFFINE, "the quaternion of the qform is not one", where=path.name, remedy="repair the header"
-        ) from error
-    side = float(np.linalg.norm(affine[:3, :3], axis=0).min())
-    if disagreement > FORM_TOLERANCE_VOXELS * side:
-        raise MedsegError(
-            Code.FORM,
-            "sform and qform are both set and disagree",
-            where=path.name,
-            expected=f"corners at most {FORM_TOLERANCE_VOXELS} voxels apart ({FORM_TOLERANCE_VOXELS * side:.3g} mm)",
-            got=f"corners up to {disagreement:.4g} mm apart",
-            remedy="find out which one is right and copy it over the other",
-        )
-    in_mm = np.diag([MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
-    return np.asarray(in_mm @ affine, dtype=np.float64)
-
-
-def _disagreement_mm(header: Any, shape: tuple[int, ...]) -> float:
-    """Largest distance between the corners that sform and qform give."""
-    index = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), axis=-1).reshape(-1, 3)
-    difference = header.get_sform() - header.get_qform()
-    return float(np.linalg.norm(index @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
-
-
 def _chunks(header: Header) -> Iterator[tuple[int, NDArray[Any]]]:
     """(first flat index, scaled values) until the end of the array; then the stream is checked to its end."""
     total = math.prod(header.file_shape)
@@ -361,6 +325,8 @@ def _chunks(header: Header) -> Iterator[tuple[int, NDArray[Any]]]:
                     Code.LIMIT,
                     "the compressed file holds far more than its header declares",
                     where=header.path.name,
+                    expected=f"the end of the stream after shape {header.file_shape}",
+                    got=f"more than {MAX_TRAILING_BYTES} further bytes",
                     remedy="get the file again from its source",
                 )
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -379,6 +345,7 @@ def _truncated(path: Path, reason: object) -> MedsegError:
         Code.TRUNCATED,
         "the file ends too early or fails its checksum",
         where=path.name,
+        expected="all voxels that the header declares, and a checksum that holds",
         got=reason,
         remedy="copy or download the file again",
     )

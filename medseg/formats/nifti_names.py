@@ -51,7 +51,14 @@ def names_in(content: bytes) -> dict[int, str]:
     """
     text = content.rstrip(b"\0 \n")
     if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
-        raise MedsegError(Code.UNSUPPORTED, "names in the header of a label file declare entities")
+        raise MedsegError(
+            Code.UNSUPPORTED,
+            "names in the header of a label file declare entities",
+            where="its header extension",
+            expected="the XML of a CaretExtension",
+            got="<!DOCTYPE or <!ENTITY",
+            remedy="write the label file again without it",
+        )
     try:
         labels = ElementTree.fromstring(text).iter("Label")  # noqa: S314 (without entities there is no harm in it)
         return {int(label.attrib["Key"]): label.text or "" for label in labels}
@@ -59,8 +66,10 @@ def names_in(content: bytes) -> dict[int, str]:
         raise MedsegError(
             Code.MALFORMED,
             "the names in the header of a label file cannot be read",
+            where="its header extension",
             expected="the XML of a CaretExtension",
             got=f"{type(error).__name__}: {error}",
+            remedy="write the label file again without it",
         ) from error
 
 

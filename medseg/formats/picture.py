@@ -183,7 +183,14 @@ def _looked_up(picture: Image.Image, path: Path) -> NDArray[Any]:
     """Grey values or colours (row, column[, channel]); bilevel as uint8, palettes as RGBA."""
     array = np.asarray(picture.convert("RGBA") if picture.mode == "P" else picture)
     if array.ndim not in (2, 3):
-        raise MedsegError(Code.UNSUPPORTED, "the picture has no pixels", where=path.name, got=array.shape)
+        raise MedsegError(
+            Code.UNSUPPORTED,
+            "the picture has no pixels",
+            where=path.name,
+            expected="rows and columns",
+            got=array.shape,
+            remedy="get the file again from its source",
+        )
     array = array.astype(np.uint8) if array.dtype == np.bool_ else array
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 

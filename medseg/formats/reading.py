@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,12 @@ class Reading:
     of refusing it; `Volume.notes` then says so."""
     without_preamble: bool = False
     """Try DICOM on files without "DICM" at byte 128 (old archives)."""
+    form: Literal["sform", "qform"] | None = None
+    """What places a NIfTI file that sets both; None refuses those in which they disagree. A file that sets one of
+    them is placed by that one."""
+    without_form: bool = False
+    """Read NIfTI files that set neither, with the axes to the right, anterior and superior and the origin at the first
+    voxel, instead of refusing them; `Volume.notes` then says so."""
 
 
 STRICT = Reading()

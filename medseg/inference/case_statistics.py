@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from medseg.formats.atomic import whole_file
 from medseg.inference.components import Indices, boxes_of
 from medseg.labels import Labels
-from medseg.metrics.components import components
 from medseg.volume import Volume
 
 STATISTICS_FILE = "statistics.csv"
@@ -90,6 +89,8 @@ def _measured(
         absent = {f"{kind}_{name}": None for name in names for kind in ("mean", "sd")}
         volume = None if image.grid.is_picture else 0.0
         return {"num_voxels": 0, "volume_ml": volume, **absent, "num_components": 0, "touches_border": False}
+    from medseg.metrics.components import components  # here, because few ask, and scipy.sparse is slow to import
+
     box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in zip(*found, strict=True))
     mask: NDArray[np.bool_] = np.isin(indices[box], list(members))
     number = int(np.count_nonzero(mask))

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from medseg.bundle import BundleInfo
+from medseg.bundle import BundleInfo, opened
 from medseg.data.augment import Mirroring
 from medseg.device import choose_device, choose_precision, keep_freed_memory
 from medseg.errors import Code, MedsegError
@@ -25,6 +24,7 @@ from medseg.inference.postprocess import PostProcessing
 from medseg.inference.prediction import Prediction, Wanted
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import WindowConfig
+from medseg.models.compiling import Compile
 from medseg.volume import Volume
 
 
@@ -68,11 +68,12 @@ class Ensemble:
         batch_size: int | None = None,
         postprocess: bool = True,
         skip: bool = True,
+        compile: Compile = "off",
     ) -> Ensemble:
         """Load all models of a folder.
 
         Args:
-            run: a run, a run of several folds, or an ensemble.
+            run: a run, a run of several folds, an ensemble, or the bundle of one (folder or zip).
             checkpoint: "best" or "latest".
             device: "auto", "cpu", "cuda", "cuda:1", …
             precision: "auto", "bf16", "fp16" or "fp32".
@@ -81,6 +82,7 @@ class Ensemble:
             batch_size: tiles in one forward pass; None is what is fastest on the device.
             postprocess: do what the run's `postprocessing.json` says.
             skip: compute tiles of one and the same value once; nothing changes but the time.
+            compile: the networks, as `Predictor` says.
         Raises:
             MedsegError: E_RUN, E_MISSING or E_CHECKPOINT for what is not there or has changed; E_MODEL if the models
                 do not fit together, or do not allow mirroring.
@@ -91,11 +93,13 @@ class Ensemble:
         window = WindowConfig(step, Mirroring(), batch_size, choose_precision(precision, where), skip)
         predictors: list[Predictor] = []
         weights: list[float] = []
+        run = opened(run)
         configurations = configurations_of(run)
         for configuration in configurations:
             bundles = load_members(configuration, checkpoint=checkpoint, device=where)
             for group in together(bundles):
-                predictors.append(Predictor(group, mirrored(window, group[0].info) if mirror else window))
+                tiling = mirrored(window, group[0].info) if mirror else window
+                predictors.append(Predictor(group, tiling, compile=compile))
                 weights.append(len(group) / len(bundles) / len(configurations))
         check_agreement([(p.bundle.run, p.info) for p in predictors])
         postprocessing = PostProcessing.read(run, predictors[0].info.labels) if postprocess else None
@@ -162,8 +166,10 @@ class Ensemble:
         if len(self.predictors) == 1:
             return self.predictors[0].decoded(volume, wanted)
         footprints = [predictor.footprint(volume) for predictor in self.predictors]
-        dtype: torch.dtype = plan_memory(volume.grid, footprints, self.predictors[0].device, wanted=wanted).dtype
-        logits = [predictor.logits_of(volume, dtype) for predictor in self.predictors]
+        memory = plan_memory(volume.grid, footprints, self.predictors[0].device, wanted=wanted)
+        logits = [predictor.logits_of(volume, memory.dtype, memory.sums_on) for predictor in self.predictors]
+        if len({found.device for found, _ in logits}) > 1:  # one of them found no room on the device
+            logits = [(found.cpu(), covered) for found, covered in logits]
         return mean_decoding(logits, self.weights, self.info.labels, volume.grid, wanted)
 
     def _processed(self, decoding: Decoding) -> Volume:

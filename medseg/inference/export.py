@@ -20,6 +20,7 @@ from medseg.formats import Reading, Source, read_grid, write_label
 from medseg.formats.content import Kind, kind_of
 from medseg.formats.dicom.export import ENDINGS, Form, write_annotation
 from medseg.formats.dicom.structures import Algorithm
+from medseg.formats.label_table import written_names
 from medseg.inference.manifest import digest_of_file
 from medseg.labels import Labels
 from medseg.volume import Volume
@@ -151,10 +152,11 @@ class Export:
 
         labels = self.labels
         if form is Form.NIFTI:
-            write_label(path, label, dict(zip(labels.written_values()[1:], labels.names[1:], strict=True)))
+            write_label(path, label, written_names(labels))
         else:
             source = series_files(case.images[0], self.reading)
-            write_annotation(path, form, indices, labels.names[1:], source, self.algorithm)
+            parts = labels.parts if labels.regions else None
+            write_annotation(path, form, indices, labels.foreground, source, self.algorithm, parts=parts)
 
     @property
     def algorithm(self) -> Algorithm:

@@ -165,8 +165,8 @@ def refuse_swapped(run: Path, inputs: Sequence[Path]) -> None:
     """
     if is_model(run):
         return
-    swapped = next((path for path in inputs if is_model(path)), None)
-    inside = sorted((path for path in run.glob("*") if is_model(path)), key=lambda p: p.stat().st_mtime)
+    swapped = next((path for path in inputs if _may_be_model(path)), None)
+    inside = sorted((path for path in run.glob("*") if _may_be_model(path)), key=lambda p: p.stat().st_mtime)
     if swapped is not None:
         remedy = f"did you swap them? RUN comes first, then the scans: medseg predict {swapped} {run} -o OUT"
     elif inside:
@@ -177,10 +177,18 @@ def refuse_swapped(run: Path, inputs: Sequence[Path]) -> None:
         Code.RUN,
         "this is not a run of medseg" if run.exists() else "there is no such run",
         where=run,
-        expected="a folder that medseg train or medseg select made",
+        expected="a folder that medseg train or medseg select made, or what medseg export made of it",
         got="a file" if run.is_file() else None,
         remedy=remedy,
     )
+
+
+def _may_be_model(path: Path) -> bool:
+    """`is_model`, where nobody said that it should be one: damaged zips of scans are none."""
+    try:
+        return is_model(path)
+    except MedsegError:
+        return False
 
 
 def label_name(case_id: str, image: Volume) -> str:

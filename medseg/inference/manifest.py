@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,10 +21,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from medseg import __version__
+from medseg.documents import parse_json
+from medseg.environment import environment
 from medseg.errors import Code, MedsegError
 from medseg.formats.label_table import CaseRecord
 from medseg.inference.ensemble import Ensemble
@@ -248,14 +247,11 @@ def options_of(ensemble: Ensemble) -> dict[str, Any]:
 
 
 def context_of(ensemble: Ensemble) -> dict[str, Any]:
-    """Versions and device, for who wants to know them later."""
+    """Versions, hardware and device, for who wants to know them later."""
     device = next(ensemble.predictors[0].model.parameters()).device
     is_gpu = device.type == "cuda"
     return {
-        "medseg": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
+        **environment(),
         "device": torch.cuda.get_device_name(device) if is_gpu else f"{device.type}, {torch.get_num_threads()} threads",
         "num_models": ensemble.num_models,
         "architecture": ensemble.model_names,
@@ -286,7 +282,7 @@ def _contents(path: Path) -> Iterator[dict[str, Any]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line; None where it was cut short."""
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

@@ -13,7 +13,18 @@ from typing import Any
 import torch
 
 from medseg import __version__
-from medseg.bundle import BUNDLE_FILE, FOLDS_FILE, Bundle, BundleInfo, checkpoint_path, load_bundle
+from medseg.bundle import (
+    BUNDLE_FILE,
+    FOLDS_FILE,
+    Bundle,
+    BundleInfo,
+    checkpoint_path,
+    is_archive,
+    is_bundle,
+    load_bundle,
+    opened,
+)
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 
@@ -53,21 +64,24 @@ class Configuration:
     unfinished: tuple[str, ...] = ()
 
 
-def is_model(folder: Path) -> bool:
-    """True for a folder that can predict: a run, a run of several folds, or an ensemble."""
-    return any((folder / name).is_file() for name in (BUNDLE_FILE, FOLDS_FILE, ENSEMBLE_FILE))
+def is_model(path: Path) -> bool:
+    """True for what can predict: a run, a run of several folds, an ensemble, or the zip of one."""
+    return is_archive(path) or any((path / name).is_file() for name in (BUNDLE_FILE, FOLDS_FILE, ENSEMBLE_FILE))
 
 
 def configurations_of(folder: Path) -> tuple[Configuration, ...]:
     """The configurations of an ensemble; one of a run, with or without folds.
 
+    Args:
+        folder: of the run or ensemble, or the bundle of one.
     Raises:
         MedsegError: E_RUN if the folder is none of these or its file cannot be read; E_MISSING if a run that it names
-            is not there.
+            is not there; what `opened` refuses.
     """
+    folder = opened(folder)
     try:
         if (folder / ENSEMBLE_FILE).is_file():
-            content = json.loads((folder / ENSEMBLE_FILE).read_text(encoding="utf-8"))
+            content = parse_json((folder / ENSEMBLE_FILE).read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']} of medseg {content.get('medseg')}")
             found = tuple(
@@ -83,6 +97,9 @@ def configurations_of(folder: Path) -> tuple[Configuration, ...]:
             return (Configuration(folder, (Member(folder),)),)
         if not all(configuration.members for configuration in found) or not found:
             raise ValueError("no members")
+        runs = [member.run.resolve() for configuration in found for member in configuration.members]
+        if is_bundle(folder) and not all(run.is_relative_to(folder.resolve()) for run in runs):
+            raise ValueError("it names runs outside of the bundle")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MedsegError(
             Code.RUN,
@@ -106,7 +123,7 @@ def configurations_of(folder: Path) -> tuple[Configuration, ...]:
 
 
 def _folds(folder: Path) -> Configuration:
-    content = json.loads((folder / FOLDS_FILE).read_text(encoding="utf-8"))
+    content = parse_json((folder / FOLDS_FILE).read_text(encoding="utf-8"))
     names = [str(name) for name in content["members"]]
     finished = [name for name in names if name in content.get("finished", names)]
     if names and not finished:

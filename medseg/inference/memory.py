@@ -21,6 +21,9 @@ GIB = 2**30
 FLOAT = 4
 FILLING_COPIES = 4
 """Arrays of the size of a slab of one class that resampling and its running argmax hold."""
+BESIDE_NETWORK = ("image", "logits of tiles")
+"""What lies where the network is, wherever tiles are put together."""
+STITCHED_ON_HOST = "the device's memory does not suffice: tiles are put together in main memory, which is slower"
 TILE_COPIES = 3
 """Arrays of float32 of the size of a batch's logits: the network's own, mirrored back, and their sum."""
 
@@ -59,11 +62,13 @@ class MemoryPlan:
         dtype: in which logits are summed up: float16 only where float32 does not fit.
         on_device: what it is → bytes, where the network is.
         on_host: the same in main memory; empty where the network is there too.
+        sums_on: where logits are summed up and resampled: main memory only where the device's does not suffice.
     """
 
     dtype: torch.dtype
     on_device: Mapping[str, int]
     on_host: Mapping[str, int]
+    sums_on: torch.device
 
 
 def plan_memory(
@@ -74,7 +79,7 @@ def plan_memory(
     wanted: Wanted,
     available: tuple[float, float] | None = None,
 ) -> MemoryPlan:
-    """Choose the precision of the sums of logits, or refuse a scan that cannot be done.
+    """Choose the precision of the sums of logits and where they are, or refuse a scan that cannot be done.
 
     The models of one plan are worked on some planes at a time (`sliding_window_planes`): only those of several plans
     need whole logits. What the network itself takes for a batch of tiles is not known beforehand and comes on top.
@@ -89,14 +94,20 @@ def plan_memory(
         MedsegError: E_LIMIT with the sizes.
     """
     on_device, on_host = available or (_free_on(device), available_bytes())
-    for dtype in (torch.float32, torch.float16):
-        logits, rest = _on_device(scan, models, dtype), _on_host(scan, models, device, wanted)
-        together = device.type == "cpu"
-        plan = MemoryPlan(dtype, logits | rest if together else logits, {} if together else rest)
+    together = device.type == "cpu"
+    plans = [
+        _planned(scan, models, device, wanted, dtype, sums_on)
+        for sums_on in ([device] if together else [device, torch.device("cpu")])
+        for dtype in (torch.float32, torch.float16)
+    ]
+    for plan in plans:
         if sum(plan.on_device.values()) <= on_device and sum(plan.on_host.values()) <= on_host:
-            if dtype == torch.float16:
+            if plan.dtype == torch.float16:
                 log.warning("logits are kept at half precision: at full precision they would not fit into memory")
+            if plan.sums_on != device:
+                log.warning(STITCHED_ON_HOST)
             return plan
+    plan = plans[1]  # half precision on the device itself
     place = "main memory" if together or sum(plan.on_host.values()) > on_host else str(device)
     needed, free = (plan.on_device, on_device) if together or place == str(device) else (plan.on_host, on_host)
     sizes = sorted(needed.items(), key=lambda item: -item[1])
@@ -112,6 +123,24 @@ def plan_memory(
         + (", or predict with one run instead of an ensemble" if len(models) > 1 else "")
         + ("" if together else ", or use --device cpu"),
     )
+
+
+def _planned(
+    scan: Grid,
+    models: Sequence[Footprint],
+    device: torch.device,
+    wanted: Wanted,
+    dtype: torch.dtype,
+    sums_on: torch.device,
+) -> MemoryPlan:
+    """What is held where."""
+    near, far = _on_device(scan, models, dtype), _on_host(scan, models, device, wanted)
+    if device.type == "cpu":
+        return MemoryPlan(dtype, near | far, {}, sums_on)
+    if sums_on != device:
+        far |= {name: size for name, size in near.items() if name not in BESIDE_NETWORK}
+        near = {name: size for name, size in near.items() if name in BESIDE_NETWORK}
+    return MemoryPlan(dtype, near, far, sums_on)
 
 
 def _on_device(scan: Grid, models: Sequence[Footprint], dtype: torch.dtype) -> dict[str, int]:

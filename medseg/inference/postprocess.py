@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from medseg import __version__
 from medseg.data.cases import Case, load_label_values
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading, open_label
 from medseg.formats.atomic import whole_file
 from medseg.inference.components import Indices, boxes_of, outside_largest
 from medseg.labels import IGNORE_INDEX, Labels
-from medseg.metrics.case import confusion
 
 POSTPROCESSING_FILE = "postprocessing.json"
 """In a run's folder: what `predict` does to its label maps. `POSTPROCESSING_FILE` with .md is the same for readers."""
@@ -179,7 +179,7 @@ class PostProcessing:
         if not path.is_file():
             return cls()
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']} of medseg {content.get('medseg')}")
             dice = content["dice"]
@@ -338,6 +338,8 @@ def _judged(step: str, before: NDArray[np.float64], after: NDArray[np.float64], 
 
 def _joint(predicted: Indices, reference: Indices, labels: Labels) -> NDArray[np.int64]:
     """Joint histogram [predicted, reference] of class indices, without voxels whose reference is ignored."""
+    from medseg.metrics.case import confusion  # here, because predicting needs none, and scipy.spatial is slow
+
     counted = reference != IGNORE_INDEX
     return confusion(predicted[counted], reference[counted], labels.num_classes)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from medseg.bundle import Bundle, BundleInfo
-from medseg.data.preprocess import covered_box, planned_grid, prepare_image
+from medseg.data.preprocess import covered_box, planned_grid, prepare_image, refuse_misfit
+from medseg.errors import Code, MedsegError
 from medseg.inference.decoding import NOTHING_MORE, Decoding
-from medseg.inference.memory import Footprint, plan_memory
+from medseg.inference.memory import STITCHED_ON_HOST, Footprint, plan_memory
 from medseg.inference.prediction import Wanted
 from medseg.inference.sliding_window import (
     WindowConfig,
@@ -22,7 +26,15 @@ from medseg.inference.sliding_window import (
 )
 from medseg.labels import Labels
 from medseg.models import SegmentationModel
+from medseg.models.compiling import Compile, Forward
 from medseg.volume import Grid, Volume
+
+log = logging.getLogger(__name__)
+
+LONG_PASSES = 300
+"""Forward passes after which "auto" compiles on CUDA: compiling takes up to a minute, so a scan or two are not worth
+it."""
+T = TypeVar("T")
 
 
 class MeanModel(SegmentationModel):
@@ -56,9 +68,11 @@ class Predictor:
         bundle: the trained model, or several that see the same: the image is prepared once, the mean of their logits
             is gathered in one volume and resampled once.
         config: tiling; its precision must be one that the device has.
+        compile: whether the network is compiled; "auto" on CUDA after `LONG_PASSES` passes. What it answers then may
+            differ by roundings.
     """
 
-    def __init__(self, bundle: Bundle | list[Bundle], config: WindowConfig) -> None:
+    def __init__(self, bundle: Bundle | list[Bundle], config: WindowConfig, *, compile: Compile = "off") -> None:
         bundles = [bundle] if isinstance(bundle, Bundle) else bundle
         self.bundle = bundles[0]
         self.config = config
@@ -66,29 +80,44 @@ class Predictor:
         model = self.bundle.model if len(bundles) == 1 else MeanModel([b.model for b in bundles])
         dims = self.info.plan.spatial_dims
         self.model = model.to(memory_format=memory_format(dims))  # type: ignore[call-overload]
+        self.forward = Forward(
+            self.model,
+            compiled=compile == "on" or (compile == "auto" and self.device.type == "cuda"),
+            must=compile == "on",
+            option="--compile on",
+            after=LONG_PASSES if compile == "auto" else 0,
+        )
 
     @property
     def info(self) -> BundleInfo:
         """What the models are."""
         return self.bundle.info
 
-    def logits(self, image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Logits (K, *S) of a prepared image (C, *S)."""
+    def logits(self, image: Tensor, dtype: torch.dtype = torch.float32, sums_on: torch.device | None = None) -> Tensor:
+        """Logits (K, *S) of a prepared image (C, *S); in main memory where the device's does not suffice."""
         patch, num_outputs = self.info.plan.patch_size, self.info.labels.num_outputs
-        return sliding_window_logits(self.model, image, patch, num_outputs, self.config, dtype)
+        return self._where_it_fits(
+            lambda where: sliding_window_logits(
+                self.model, image, patch, num_outputs, self.config, dtype, forward=self.forward, sums_on=where
+            ),
+            sums_on,
+        )
 
-    def logits_of(self, volume: Volume, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Grid]:
+    def logits_of(
+        self, volume: Volume, dtype: torch.dtype = torch.float32, sums_on: torch.device | None = None
+    ) -> tuple[Tensor, Grid]:
         """Logits (K, *S) of a scan on the model's grid, and the voxels of the scan that they cover.
 
         Args:
             volume: the scan, array (C, *S) with the channels that the model was trained on.
             dtype: of the logits, float32 or float16.
+            sums_on: where the logits are; None is the models' device.
         Returns:
             The logits, and their box cut into the scan's own voxels, with the axes of the plan: all of the scan, or
             the part that is left where the plan crops.
         """
         image, covered = self._prepared(volume)
-        return self.logits(image, dtype), covered
+        return self.logits(image, dtype, sums_on), covered
 
     def decoded(self, volume: Volume, wanted: Wanted = NOTHING_MORE) -> Decoding:
         """The answer to a scan on its grid, made some planes at a time while the window moves on.
@@ -100,16 +129,49 @@ class Predictor:
             MedsegError: E_LIMIT, before any work, where the memory does not suffice.
         """
         plan, labels = self.info.plan, self.info.labels
-        dtype = plan_memory(volume.grid, [self.footprint(volume)], self.device, wanted=wanted).dtype
+        memory = plan_memory(volume.grid, [self.footprint(volume)], self.device, wanted=wanted)
         image, covered = self._prepared(volume)
-        decoding = Decoding(labels, covered, volume.grid, wanted)
-        planes = sliding_window_planes(self.model, image, plan.patch_size, labels.num_outputs, self.config, dtype)
-        decoding.fill_resampled(planes, image.shape[1])
-        return decoding
+        arguments = (self.model, image, plan.patch_size, labels.num_outputs, self.config, memory.dtype)
+
+        def decode_on(where: torch.device) -> Decoding:
+            decoding = Decoding(labels, covered, volume.grid, wanted)
+            planes = sliding_window_planes(*arguments, forward=self.forward, sums_on=where)
+            decoding.fill_resampled(planes, image.shape[1])
+            return decoding
+
+        return self._where_it_fits(decode_on, memory.sums_on)
+
+    def _where_it_fits(self, work: Callable[[torch.device], T], sums_on: torch.device | None) -> T:
+        """Work with the sums where they were planned, or in main memory: a plan does not know what the network takes.
+
+        Raises:
+            MedsegError: E_LIMIT where the device has no room for one tile.
+        """
+        host = torch.device("cpu")
+        places = [sums_on or self.device, host]
+        for where in places[: 1 if places[0] == host else 2]:
+            try:
+                return work(where)
+            except torch.OutOfMemoryError as error:
+                reason = " ".join(str(error).split())[:200]
+            if where != host:
+                log.warning(STITCHED_ON_HOST)
+        raise MedsegError(
+            Code.LIMIT,
+            "the device's memory does not suffice for one tile",
+            where=f"{self.device}, patch {'×'.join(map(str, self.info.plan.patch_size))}",
+            got=reason,
+            remedy="end other programs that use the device, or predict with --device cpu",
+        )
 
     def footprint(self, volume: Volume) -> Footprint:
-        """Sizes by which the memory for a scan is planned; before a crop, which makes it smaller."""
+        """Sizes by which the memory for a scan is planned; before a crop, which makes it smaller.
+
+        Raises:
+            MedsegError: E_MODEL if the scan does not fit the model.
+        """
         plan = self.info.plan
+        refuse_misfit(volume, plan)
         scan = volume.grid if volume.grid.is_picture else volume.grid.reoriented(plan.orientation)
         output = tuple(self.model.output_size(plan.patch_size))
         num_tiles = tiles_together(self.config, self.device)

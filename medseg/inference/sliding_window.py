@@ -10,7 +10,9 @@ Shapes: C channels, K classes, S the image, P the patch (the network's input), Q
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +25,9 @@ from medseg.data.augment import Mirroring
 from medseg.data.prepared import cut
 from medseg.errors import Code, MedsegError
 from medseg.models import SegmentationModel
+from medseg.models.compiling import Forward
+
+log = logging.getLogger(__name__)
 
 GAUSSIAN_SIGMA = 1 / 8
 """Standard deviation of the tile weights as a share of the tile (nnU-Net's value)."""
@@ -76,15 +81,21 @@ def sliding_window_logits(
     num_classes: int,
     config: WindowConfig,
     dtype: torch.dtype = torch.float32,
+    *,
+    forward: Forward | None = None,
+    sums_on: torch.device | None = None,
 ) -> torch.Tensor:
     """Logits of a whole image: `sliding_window_planes` put together.
 
     Returns:
-        Shape (K, *S), of the type and on the model's device.
+        Shape (K, *S), of the type, where the sums are.
     """
     shape = tuple(image.shape[1:])
     whole = torch.empty(0)
-    for first, planes in sliding_window_planes(model, image, patch_size, num_classes, config, dtype):
+    found = sliding_window_planes(
+        model, image, patch_size, num_classes, config, dtype, forward=forward, sums_on=sums_on
+    )
+    for first, planes in found:
         if tuple(planes.shape[1:]) == shape:
             return planes  # all at once: nothing else comes
         if not first:
@@ -101,6 +112,9 @@ def sliding_window_planes(
     num_classes: int,
     config: WindowConfig,
     dtype: torch.dtype = torch.float32,
+    *,
+    forward: Forward | None = None,
+    sums_on: torch.device | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Logits of an image, some planes of its first axis at a time, as soon as no tile is left that reaches them.
 
@@ -113,11 +127,14 @@ def sliding_window_planes(
         num_classes: K.
         config: tiling.
         dtype: in which the sums are kept: float32, or float16 for half the memory.
+        forward: what calls the model, perhaps compiled; None calls it.
+        sums_on: where tiles are put together; None is the model's device.
     Yields:
-        The first plane and the logits of the next n, shape (K, n, *S[1:]), on the model's device: the weighted mean
-        over tiles and mirrored passes. They are overwritten when the next are asked for.
+        The first plane and the logits of the next n, shape (K, n, *S[1:]), where the sums are: the weighted mean over
+        tiles and mirrored passes. They are overwritten when the next are asked for.
     """
-    device = next(model.parameters()).device
+    device = sums_on or next(model.parameters()).device
+    forward = forward or Forward(model, compiled=False, must=False)
     output_size = model.output_size(tuple(patch_size))
     margin = [(p - q) // 2 for p, q in zip(patch_size, output_size, strict=True)]
     shape = image.shape[1:]
@@ -134,7 +151,8 @@ def sliding_window_planes(
     alike = first_alike(padded, starts, patch_size) if config.skip else list(range(len(starts)))
     passes = mirrored_passes(config.mirroring)
     unlike = [starts[index] for index in range(len(starts)) if alike[index] == index]
-    answers = _tile_logits(model, padded.to(device), unlike, patch_size, passes, config)
+    padded = padded.to(next(model.parameters()).device)
+    answers = _tile_logits(forward, padded, unlike, patch_size, passes, config)
     uses = Counter(alike)
     kept: dict[int, torch.Tensor] = {}
 
@@ -163,7 +181,7 @@ def sliding_window_planes(
             break
         tile = kept.get(representative)
         if tile is None:
-            tile = next(answers)
+            tile = next(answers).to(device)
         uses[representative] -= 1
         if uses[representative]:
             kept[representative] = tile
@@ -224,7 +242,7 @@ def mirrored_passes(mirroring: Mirroring) -> list[tuple[int, ...]]:
 
 
 def _tile_logits(
-    model: SegmentationModel,
+    forward: Forward,
     padded: torch.Tensor,
     starts: Sequence[Sequence[int]],
     patch_size: Sequence[int],
@@ -234,23 +252,33 @@ def _tile_logits(
     """The sum of the logits of a tile over its mirrored passes, float32 (K, *Q), one tile after the other.
 
     Passes and tiles fill the same batches, all of one size. On a GPU the last is filled up: a new size would cost more
-    than the tiles that are thrown away.
+    than the tiles that are thrown away; most where the network is compiled. Where the memory does not suffice for a
+    batch, all that follow are half as large; the error comes where one tile is too much.
     """
     layout = memory_format(len(patch_size))
-    size = tiles_together(config, padded.device)
+    size = min(tiles_together(config, padded.device), forward.largest_batch or sys.maxsize)
     items = [(start, axes) for start in starts for axes in passes]
     total = torch.empty(0)
-    for begin in range(0, len(items), size):
+    begin = 0
+    while begin < len(items):
         batch = items[begin : begin + size]
         tiles = [cut(padded, start, patch_size) for start, _ in batch]
         tiles = [
             tile.flip([a + 1 for a in axes]) if axes else tile for tile, (_, axes) in zip(tiles, batch, strict=True)
         ]
-        if padded.device.type != "cpu" and begin:
+        if padded.device.type != "cpu" and (begin or forward.compiled):
             tiles += [tiles[-1]] * (size - len(tiles))
         stacked = torch.stack(tiles) if len(tiles) > 1 else tiles[0][None]
-        with autocast(padded.device, config.precision):
-            logits = model(stacked.to(memory_format=layout))
+        try:
+            with autocast(padded.device, config.precision):
+                logits = forward(stacked.to(memory_format=layout))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = forward.largest_batch = len(stacked) // 2 or 1
+            log.warning("the memory does not suffice for a batch of %d tiles: from here on %d", len(stacked), size)
+            continue
+        begin += len(batch)
         for number, (_, axes) in enumerate(batch):
             found = logits[number]
             if axes:

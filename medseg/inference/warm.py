@@ -43,7 +43,7 @@ class Predictor:
         Args:
             run: its folder.
             settings: those of `Ensemble.from_run`: device, precision, step, mirror, batch_size, postprocess, skip,
-                checkpoint.
+                compile, checkpoint.
         Raises:
             MedsegError: E_RUN, E_MISSING, E_CHECKPOINT, E_MODEL, E_CONFIG.
         """

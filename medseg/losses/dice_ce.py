@@ -85,8 +85,10 @@ class DiceCELoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-        if counted is None:
+        if counted is None and not (logits.is_cuda and torch.are_deterministic_algorithms_enabled()):
             return F.cross_entropy(logits, target, self.class_weights)
+        if counted is None:  # CUDA's own mean is summed up in any order
+            counted = torch.ones_like(target, dtype=logits.dtype)
         # The mean over the voxels that count, or their weights; 0 where none does
         weights = counted if self.class_weights is None else counted * self.class_weights[target]
         each = F.cross_entropy(logits, target, reduction="none")

@@ -6,7 +6,6 @@ A run is what `medseg train` leaves. Tables are small HTML tables, figures have 
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from medseg.bundle import BUNDLE_FILE, BundleInfo
 from medseg.data.cases import DataFolder, find_cases, load_image, load_label_values
+from medseg.documents import parse_json, parse_yaml
 from medseg.errors import Code, MedsegError, nearest
 from medseg.formats import Reading, is_image_file, open_label, strip_suffix
 from medseg.labels import Labels
@@ -31,6 +31,7 @@ from medseg.reports.palette import class_colours
 from medseg.volume import PIXEL_FRAME, WORLD_FRAME, Volume
 
 HISTORY_FILE, CONFIG_FILE, VALIDATION_FOLDER, METRICS_FILE = "history.csv", "config.yaml", "validation", "metrics.json"
+PLACES_FILE = "places.yaml"
 """In the folder of a run, as training and `Evaluation.write` name them."""
 TABLE_METRICS = ("dice", "surface_dice", "hd95", "relative_volume_error")
 """What a table of cases and classes shows; metrics.csv has everything."""
@@ -143,16 +144,16 @@ def data_of(run: Path, root: Path | None = None) -> DataFolder:
 
     Args:
         run: the run's folder.
-        root: where the data are now; by default where the run's configuration says. A relative path there is looked
-            for from the run's folder upwards, then from the working directory.
+        root: where the data are now; by default where the run's `PLACES_FILE` says. A relative path there is looked for
+            from the run's folder upwards, then from the working directory.
     Raises:
         MedsegError: E_RUN without a configuration, E_MISSING if the data are not there, and what `find_cases` refuses.
     """
     data = _data_config(run)
-    manifest = None if data["manifest"] is None else _find_stored(run, str(data["manifest"]))
+    manifest = None if data["manifest"] is None else _find_stored(run, data["manifest"])
     info = BundleInfo.read(run)
     return find_cases(
-        root or _find_stored(run, str(data["root"])),
+        root or _find_stored(run, data["root"]),
         manifest=manifest,
         labels=info.structures or data["labels"],
         modality=data.get("modality") or (info.modality if info.structures else None),
@@ -161,11 +162,15 @@ def data_of(run: Path, root: Path | None = None) -> DataFolder:
 
 
 def _data_config(run: Path) -> dict[str, Any]:
-    """The keys below `data` of a run's configuration."""
+    """The keys below `data` of a run's configuration, with the places where its data were."""
     try:
-        data: dict[str, Any] = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))["data"]
-        data["root"], data["manifest"], data["labels"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        data: dict[str, Any] = parse_yaml((run / CONFIG_FILE).read_text(encoding="utf-8"))["data"]
+        stored = run / PLACES_FILE
+        places = parse_yaml(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+        for key in ("root", "manifest"):
+            data[key] = data[key] or places.get(f"data.{key}")
+        data["labels"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise MedsegError(
             Code.RUN, "the run's configuration cannot be read", where=f"{run.name}/{CONFIG_FILE}", got=error
         ) from error
@@ -174,7 +179,10 @@ def _data_config(run: Path) -> dict[str, Any]:
 
 def _reading(data: dict[str, Any]) -> Reading:
     return Reading(
-        resample_irregular=bool(data.get("resample_irregular")), without_preamble=bool(data.get("without_preamble"))
+        resample_irregular=bool(data.get("resample_irregular")),
+        without_preamble=bool(data.get("without_preamble")),
+        form=data.get("form"),
+        without_form=bool(data.get("without_form")),
     )
 
 
@@ -236,7 +244,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             remedy="let the training end, or choose a run that is validated",
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         frame = PIXEL_FRAME if "tolerance_px" in content else WORLD_FRAME
         columns = {m.name: m.column(frame) for m in known_metrics()}
         rows = tuple(
@@ -320,17 +328,17 @@ def _entry(run: Path, searched: Path) -> RunEntry:
     )
 
 
-def _find_stored(run: Path, stored: str) -> Path:
-    """A path of a run's configuration, which is relative to wherever the training was started."""
-    path = Path(stored).expanduser()
+def _find_stored(run: Path, stored: object) -> Path:
+    """A path of a run's places, which is relative to wherever the training was started."""
+    path = Path(str(stored)).expanduser()
     starts = [Path()] if path.is_absolute() else [*run.resolve().parents, Path()]
-    found = next((start / path for start in starts if (start / path).exists()), None)
+    found = None if stored is None else next((start / path for start in starts if (start / path).exists()), None)
     if found is None:
         raise MedsegError(
             Code.MISSING,
             "the data of this run are not where they were",
-            where=f"{run.name}/{CONFIG_FILE}",
-            got=path.name,
+            where=f"{run.name}/{PLACES_FILE}",
+            got="no place" if stored is None else path.name,
             remedy="say where they are now: data_of(run, Path('FOLDER'))",
         )
     return found

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from medseg import __version__
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.labels import Labels
@@ -139,7 +140,7 @@ def read_metrics(path: Path) -> Evaluation:
     try:
         if path.is_file() and path.name != METRICS_FILE:
             raise ValueError(f"another file than {METRICS_FILE}")
-        content = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+        content = parse_json((folder / METRICS_FILE).read_text(encoding="utf-8"))
         labels = Labels.from_mapping(content["labels"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MedsegError(

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.labels import Labels
@@ -164,7 +165,7 @@ def read_evaluation(folder: Path, labels: Labels) -> Evaluation:
     """
     path = folder / METRICS_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         columns = list(content["definitions"])
         frame, names = next(
             (frame, names)
@@ -180,7 +181,10 @@ def read_evaluation(folder: Path, labels: Labels) -> Evaluation:
             )
             for row in content["cases"]
         )
-        tolerance = content["tolerance_px" if frame == PIXEL_FRAME else "tolerance_mm"]
+        scored = [(row.case, row.class_name) for row in rows]
+        if len({*scored}) < len(scored) or {*scored} != {(c, n) for c, _ in scored for n in labels.foreground}:
+            raise ValueError("not one row for each case and class")
+        tolerance = float(content["tolerance_px" if frame == PIXEL_FRAME else "tolerance_mm"])
         patients = {str(case): f"patient {number}" for case, number in content["patients"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise MedsegError(
@@ -190,7 +194,7 @@ def read_evaluation(folder: Path, labels: Labels) -> Evaluation:
             got=f"{type(error).__name__}: {error}",
             remedy="evaluate its predictions again: medseg evaluate",
         ) from error
-    return Evaluation(rows, labels, float(tolerance), frame, patients=patients)
+    return Evaluation(rows, labels, tolerance, frame, patients=patients)
 
 
 def print_crossvalidation(result: CrossValidation, console: Console) -> None:

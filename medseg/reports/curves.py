@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -46,8 +47,8 @@ def read_history(history_csv: Path) -> dict[str, Curve]:
     if not history_csv.is_file():
         raise MedsegError(Code.MISSING, "there is no history of this run", where=history_csv.name)
     curves: dict[str, Curve] = {}
-    with history_csv.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+    with history_csv.open(newline="", encoding="utf-8", errors="replace") as file, suppress(csv.Error):
+        for row in csv.DictReader(file):  # what a crash or a disk damaged is left out
             step = _number(row.get(STEP))
             for name, cell in row.items():
                 value = _number(cell)

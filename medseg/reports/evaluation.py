@@ -310,8 +310,8 @@ def evaluate_folders(
     Args:
         predicted: a label file, or a folder of them named by case ("case.nii.gz", "case_seg.nii.gz").
         reference: the same for the references; the file types may differ.
-        labels: the classes; by default those of `predictions.json` beside the predictions, else one class per value
-            of the references.
+        labels: the classes; by default those that a table or a dataset.json beside the predictions or the references
+            declares, else one class per value of the references.
         tolerance_mm: what the surface Dice forgives (pixels for pictures).
         names: metrics to compute; None for those that are computed by default.
         missing: "error", or "count" to score a reference without a prediction as an empty prediction.
@@ -323,7 +323,7 @@ def evaluate_folders(
     """
     pairs = match_pairs(predicted, reference, missing=missing)
     if labels is None:
-        labels = labels_of(predicted, [pair.reference for pair in pairs])
+        labels = labels_of(predicted, reference, [pair.reference for pair in pairs])
     table = labels
 
     def evaluate(pair: Pair) -> tuple[list[Row], str]:

@@ -17,8 +17,9 @@ from typing import Any
 from rich.console import Console
 
 from medseg.errors import Code, MedsegError
-from medseg.formats import IMAGE_SUFFIXES, Reading, Source, is_image_file, read_grid, strip_suffix
+from medseg.formats import IMAGE_SUFFIXES, STRICT, Reading, Source, is_image_file, read_grid, strip_suffix
 from medseg.formats.content import Kind, damage_with_content, kind_of
+from medseg.formats.dicom.archive import ZIP_REMEDY, ZIPS
 from medseg.formats.dicom.catalog import Catalog, CatalogSeries, read_catalog
 from medseg.formats.dicom.structures import Annotation
 from medseg.formats.remarks import gathered_warnings
@@ -83,9 +84,7 @@ def inspect_path(
     as_json: bool = False,
     pictures: Path | None = None,
     paths: bool = False,
-    series: str | None = None,
-    resample_irregular: bool = False,
-    without_preamble: bool = False,
+    reading: Reading = STRICT,
 ) -> None:
     """Say what lies at a path: a table, or JSON alone; progress goes to the standard error.
 
@@ -95,15 +94,14 @@ def inspect_path(
         as_json: print JSON.
         pictures: folder for a picture of each scan; reads the voxels, which finds more that is wrong than headers do.
         paths: show where each scan lies, relative to `path`.
-        series: show one scan only: its SeriesInstanceUID or case id.
-        resample_irregular: read series with tilt, gaps or uneven spacing resampled.
-        without_preamble: try DICOM on files without "DICM" at byte 128 too.
+        reading: how scans are judged and drawn; `series` shows one only: its SeriesInstanceUID or case id.
     Raises:
         MedsegError: E_MISSING, E_NO_CASES, E_LIMIT; E_OUTPUT if pictures cannot be written.
     """
     from medseg.reports.inventory_table import show_inventory
 
-    reading = Reading(channels=True, resample_irregular=resample_irregular, without_preamble=without_preamble)
+    series = reading.series
+    reading = replace(reading, channels=True, series=None)
     with gathered_warnings(), counting_bar(Console(stderr=True), "headers") as progress:
         inventory = take_inventory(path, reading, progress)
     if series is not None:
@@ -137,13 +135,15 @@ def take_inventory(path: Path, reading: Reading, progress: Progress | None = Non
     catalog = read_catalog(path, progress, without_preamble=reading.without_preamble)
     images = [_scan_of_file(file, reading) for file in _image_files(catalog.root)]
     scans = tuple(_numbered((*(_scan_of_series(s, reading) for s in catalog.series), *images)))
-    if not (scans or catalog.orphans or catalog.others or catalog.damaged):
+    zips = catalog.others.get(ZIPS, 0)
+    if not (scans or catalog.orphans or catalog.others.keys() - {ZIPS} or catalog.damaged):
         raise MedsegError(
             Code.NO_CASES,
             "there are no images here",
             where=path.name,
             expected="DICOM, NIfTI, PNG, TIFF, JPEG or GIF files",
-            remedy="check the path",
+            got=f"{zips} zip files" if zips else "files of other kinds, or none",
+            remedy=ZIP_REMEDY if zips else "check the path",
         )
     return Inventory(catalog, scans)
 

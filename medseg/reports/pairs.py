@@ -10,12 +10,16 @@ from typing import Literal
 
 import numpy as np
 
+from medseg.data.manifest import read_dataset_json
 from medseg.errors import Code, MedsegError
 from medseg.formats import is_image_file, open_label, strip_suffix
 from medseg.formats.label_table import labels_for, read_labels
-from medseg.labels import TABLE_FILE, Labels, integer_values
+from medseg.label_values import integer_values
+from medseg.labels import TABLE_FILE, Labels
 
 MissingPolicy = Literal["error", "count", "skip"]
+DATASET_FILE = "dataset.json"
+"""Declares the classes of a data set in nnU-Net's layout, and of what nnU-Net has predicted."""
 MAX_CLASSES = 255
 """More values than this in references are not classes but instances (or the file is an image)."""
 _LISTED = 10
@@ -74,15 +78,21 @@ def match_pairs(predicted: Path, reference: Path, *, missing: MissingPolicy) -> 
     return [Pair(case, predictions.get(case), references[case]) for case in sorted(wanted)]
 
 
-def labels_of(predicted: Path, references: Sequence[Path]) -> Labels:
-    """The classes of the table beside the predictions, else one class per value of the references.
+def labels_of(predicted: Path, reference: Path, references: Sequence[Path]) -> Labels:
+    """The classes that a table or a dataset.json beside the predictions declares, else one beside the references, else
+    one class per value of the references.
 
+    Args:
+        predicted: a file or a folder.
+        reference: the same.
+        references: the files of `reference` that are compared.
     Raises:
-        MedsegError: E_LABEL if the file cannot be understood, or there are no classes or too many.
+        MedsegError: E_LABEL or E_CONFIG if the file cannot be understood, or there are no classes or too many.
     """
-    declared = read_labels(predicted / TABLE_FILE) if predicted.is_dir() else labels_for(predicted)
-    if declared is not None:
-        return declared
+    for place in (predicted, reference):
+        declared = _declared(place)
+        if declared is not None:
+            return declared
     values: set[int] = set()
     for reference in references:
         values.update(int(v) for v in np.unique(integer_values(open_label(reference).array, where=reference.name)))
@@ -97,6 +107,21 @@ def labels_of(predicted: Path, references: Sequence[Path]) -> Labels:
             )
     names = {v: "background" if v == 0 else f"label_{v}" for v in sorted(values)}
     return Labels.from_mapping({name: v for v, name in names.items()})
+
+
+def _declared(place: Path) -> Labels | None:
+    """The classes of a table beside label files, or of the dataset.json in their folder or the one above it, where
+    nnU-Net has it."""
+    is_folder = place.is_dir()
+    table = read_labels(place / TABLE_FILE) if is_folder else labels_for(place)
+    if table is not None:
+        return table
+    folder = place.absolute() if is_folder else place.absolute().parent
+    for description in (folder / DATASET_FILE, folder.parent / DATASET_FILE):
+        if description.is_file():
+            classes = read_dataset_json(description).labels
+            return None if classes is None else Labels.from_mapping(classes)
+    return None
 
 
 def _by_case(folder: Path) -> dict[str, Path]:

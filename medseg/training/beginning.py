@@ -29,6 +29,7 @@ from medseg.data.stratify import class_volumes
 from medseg.data.summary import anomaly_lines, summary_lines
 from medseg.data.survey import survey
 from medseg.errors import Code, MedsegError
+from medseg.formats.atomic import whole_file
 from medseg.losses.choice import fitting_loss
 from medseg.reports.progress import counting_bar
 from medseg.training.experiment import DataConfig, Experiment
@@ -59,9 +60,15 @@ class Settled:
     def write(self, run: Path, split: Split) -> None:
         """Write down what one run begins with; its bundle.json comes last."""
         write_split(run / SPLIT_FILE, split)
-        (run / SURVEY_FILE).write_text(json.dumps(self.found.to_json(), indent=1), encoding="utf-8")
+        write_survey(self.found, run)
         self.info.plan.write(run / PLAN_FILE)
         self.info.write(run)
+
+
+def write_survey(found: Survey, folder: Path) -> None:
+    """Write `SURVEY_FILE`, whole or not at all."""
+    with whole_file(folder / SURVEY_FILE, ".json") as temporary:
+        temporary.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
 
 
 def open_store(data: DataConfig, run: Path) -> Store:
@@ -263,6 +270,7 @@ def found_cases(data: DataConfig, console: Console) -> DataFolder:
             modality=data.modality,
             reading=data.reading,
             progress=progress,
+            strict=False,  # the survey refuses, or leaves out, all that is bad at once
         )
 
 

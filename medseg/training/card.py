@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from medseg.bundle import BundleInfo
+from medseg.data.facts import read_survey
 from medseg.data.splits import Split
 from medseg.inference.postprocess import POSTPROCESSING_FILE
 from medseg.reports.crossvalidation import CrossValidation
@@ -41,7 +41,7 @@ def write_card(
         survey: folder with the survey.json of the run, by default the run.
         device: what it ran on, in words; None leaves it out.
     """
-    found = json.loads(((survey or run) / SURVEY_FILE).read_text(encoding="utf-8"))
+    found = read_survey((survey or run) / SURVEY_FILE)
     fits = [
         Fit(name, split, counters.step, counters.minutes, counters.best_dice, counters.best_step)
         for name, split, counters in trainings

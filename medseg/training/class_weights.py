@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from medseg.data.facts import read_survey
 from medseg.errors import Code, MedsegError
 from medseg.labels import Labels
 
@@ -27,7 +27,7 @@ def with_class_weights(
     Returns:
         The settings, and what was chosen and why; None where the user chose.
     Raises:
-        MedsegError: E_CONFIG for another number of weights than classes.
+        MedsegError: E_CONFIG for another number of weights than classes; E_RUN for a survey that cannot be used.
     """
     settings = dict(settings)
     weights = settings.get("class_weights")
@@ -43,8 +43,16 @@ def with_class_weights(
                 got=list(weights),
             )
         return settings, None
-    cases = json.loads(survey.read_text(encoding="utf-8"))["cases"]
+    cases = read_survey(survey)["cases"]
     counts = [case["label_voxels"] for case in cases if case["case_id"] in case_ids]
+    if {len(of_case) for of_case in counts} != {labels.num_classes}:
+        raise MedsegError(
+            Code.RUN,
+            "the run's survey does not count the classes of its model",
+            where=survey.name,
+            expected=f"{labels.num_classes} numbers for each case that trains",
+            remedy="state the weights: loss.class_weights=[…]",
+        )
     totals = [sum(of_class) for of_class in zip(*counts, strict=True)]
     settings["class_weights"] = tuple(min(max(totals) / max(n, 1), LARGEST_WEIGHT) for n in totals)
     each = ", ".join(f"{name} {w:.3g}" for name, w in zip(labels.names, settings["class_weights"], strict=True))

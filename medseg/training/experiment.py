@@ -13,11 +13,26 @@ import yaml
 from medseg.data.augment import AugmentConfig
 from medseg.data.plan import PlanConfig
 from medseg.data.splits import SplitConfig, num_folds, refuse_fold
+from medseg.device import Determinism
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading
+from medseg.formats.atomic import whole_file
 
 CONFIG_FILE = "config.yaml"
-"""The whole configuration of a run, in its folder."""
+"""The configuration of a run, in its folder, without places on this machine."""
+PLACES_FILE = "places.yaml"
+"""Beside it, for its owner's eyes only: the places, whose names may tell who a patient is. Resuming needs them; a model
+that is handed on does not."""
+PLACES = (
+    ("data", "root"),
+    ("data", "manifest"),
+    ("data", "store"),
+    ("data", "split", "file"),
+    ("trainer", "initial"),
+    ("plan",),
+    ("resume",),
+)
+"""The keys that hold paths."""
 DEFAULT_MAX_STEPS = 20_000
 """Steps of a training that states no budget at all."""
 
@@ -28,8 +43,8 @@ class DataConfig:
 
     root: str | None = None
     """Folder of cases (dataset.json, images/ + labels/, one folder per case), a tree of DICOM series with SEG or
-    RTSTRUCT files, a zip of these, or a CSV/JSON manifest. Of what a run writes only config.yaml and .hydra hold this
-    path: resume needs it."""
+    RTSTRUCT files, a zip of these, or a CSV/JSON manifest. Of what a run writes only places.yaml holds this path:
+    resume needs it."""
     manifest: str | None = None
     """A manifest (case, image, label, patient, split, stratum) whose paths are relative to `root`."""
     labels: Mapping[str, Any] | None = None
@@ -48,6 +63,11 @@ class DataConfig:
     them."""
     without_preamble: bool = False
     """Try DICOM on files without "DICM" at byte 128 (old archives)."""
+    form: Literal["sform", "qform"] | None = None
+    """What places NIfTI files that set both; null refuses those in which they disagree. A file that sets one of them is
+    placed by that one."""
+    without_form: bool = False
+    """Read NIfTI files that set neither sform nor qform: their axes are then taken for right, anterior and superior."""
     on_bad_case: Literal["error", "skip"] = "error"
     """What a case that cannot be used does: end the run before its first step, or stay out and be listed."""
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -67,7 +87,12 @@ class DataConfig:
     @property
     def reading(self) -> Reading:
         """What is asked of the readers."""
-        return Reading(resample_irregular=self.resample_irregular, without_preamble=self.without_preamble)
+        return Reading(
+            resample_irregular=self.resample_irregular,
+            without_preamble=self.without_preamble,
+            form=self.form,
+            without_form=self.without_form,
+        )
 
 
 @dataclass(frozen=True)
@@ -92,9 +117,9 @@ class TrainerConfig:
     initial: str | None = None
     """Begin with the weights of this run (trained, or converted from nnU-Net): fine-tuning. Its network is taken over,
     and its plan where no key of data.plan says otherwise; heads for other classes begin anew."""
-    ema: float | None = None
-    """Predict with an exponential moving average of the weights: the share of it that remains at each step, such as
-    0.999 (shorter at the beginning); null predicts with the weights of the last step."""
+    ema: float | None = 0.999
+    """Predict with an exponential moving average of the weights: the share of it that remains at each step, shorter
+    at the beginning; null predicts with the weights of the last step."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the network; auto: in long trainings on CUDA."""
     gradient_clip: float = 12.0
@@ -103,8 +128,16 @@ class TrainerConfig:
     """auto, cpu, cuda, cuda:1, …"""
     precision: str = "auto"
     """auto (bf16 where the processor has it), bf16, fp16 or fp32."""
+    on_nan_loss: Literal["stop", "skip"] = "stop"
+    """What a training loss that is not finite does: end the run, or leave that step out and go on (20 in a row end it).
+    Skipping makes a GPU wait at each step. Such weights are never saved either way."""
+    deterministic: Determinism = "off"
+    """Whether the same seed gives the same weights, bit for bit, on a GPU too: strict takes deterministic algorithms
+    and refuses operations that have none, and time budgets; warn goes on with a warning; off is the fastest. CPUs need
+    none of it (docs/reproducibility.md)."""
     save_minutes: float = 5.0
-    """The latest checkpoint is written at least this often, and at each validation."""
+    """The latest checkpoint is written at least this often, and before and after each validation; also when the process
+    gets SIGUSR1, and when SIGTERM or Ctrl-C end it. The one before it is kept, should it be damaged."""
     log_steps: int = 10
     """Steps between entries of the training loss."""
     overlay_cases: int = 3
@@ -127,6 +160,14 @@ class TrainerConfig:
         if self.ema is not None and not 0 < self.ema < 1:
             raise MedsegError(
                 Code.CONFIG, "a decay lies between 0 and 1", where="trainer.ema", expected="such as 0.999", got=self.ema
+            )
+        if self.deterministic == "strict" and self.max_minutes is not None:
+            raise MedsegError(
+                Code.CONFIG,
+                "a training by the clock is never the same twice",
+                where="trainer.deterministic=strict",
+                got=f"trainer.max_minutes={self.max_minutes:g}",
+                remedy="set trainer.max_steps instead",
             )
         if self.overlay_cases < 0:
             raise MedsegError(Code.CONFIG, "must be at least 0", where="trainer.overlay_cases", got=self.overlay_cases)
@@ -242,10 +283,31 @@ _Plain.add_representer(str, _quoted)
 
 
 def write_config(experiment: Experiment, run: Path) -> None:
-    """Write the whole configuration of a run into its folder."""
-    values = _plain(dataclasses.asdict(experiment))
-    text = yaml.dump(values, Dumper=_Plain, sort_keys=False, allow_unicode=True)
-    (run / CONFIG_FILE).write_text(text, encoding="utf-8")
+    """Write the configuration of a run into its folder: `CONFIG_FILE`, and `PLACES_FILE` for its owner alone.
+
+    Raises:
+        MedsegError: E_OUTPUT.
+    """
+    values, places = without_places(experiment)
+    for name, content in ((PLACES_FILE, places), (CONFIG_FILE, values)):
+        text = yaml.dump(content, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+        with whole_file(run / name, ".yaml") as temporary:
+            temporary.touch(mode=0o600 if name == PLACES_FILE else 0o666)
+            temporary.write_text(text, encoding="utf-8")
+
+
+def without_places(experiment: Experiment) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration as plain values with null for each of `PLACES`; and these, by their keys with dots."""
+    values: dict[str, Any] = _plain(dataclasses.asdict(experiment))
+    places: dict[str, str] = {}
+    for *groups, last in PLACES:
+        group = values
+        for name in groups:
+            group = group[name]
+        if group[last] not in (None, "auto"):
+            places[".".join((*groups, last))] = group[last]
+            group[last] = None
+    return values, places
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from medseg.data.plan.file import PLAN_FILE
 from medseg.data.prepared import PreparedCase
 from medseg.data.splits import SPLIT_FILE, Split, read_split, write_splits
 from medseg.data.store import Store
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.training.beginning import cases_again, prepare, settle
@@ -148,7 +149,7 @@ def read_folds(run: Path) -> dict[str, list[str]]:
     """
     path = run / FOLDS_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         if not content["members"] or not all(n.removeprefix(PREFIX).isdigit() for n in content["members"]):
             raise ValueError("no names of folds")
         return {"members": content["members"], "finished": list(content.get("finished", ()))}

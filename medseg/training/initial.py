@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from medseg.bundle import MODEL_PREFIX, BundleInfo, checkpoint_path, read_checkpoint
+from medseg.bundle import MODEL_PREFIX, BundleInfo, checkpoint_path, opened, read_checkpoint
 from medseg.data.plan import Plan, PlanConfig
 from medseg.data.splits import SPLIT_FILE, Split, read_split
+from medseg.documents import parse_yaml
 from medseg.errors import Code, MedsegError
-from medseg.training.experiment import CONFIG_FILE, Experiment
+from medseg.models import MODELS
+from medseg.training.experiment import PLACES_FILE, Experiment
 
 TAKEN_OVER = (
     "configuration",
@@ -27,6 +30,8 @@ TAKEN_OVER = (
     "batch_size",
 )
 """What is taken over of the other run's plan where no key states it: its weights know the world like that."""
+DEFAULT_MODEL = "unet"
+"""The network where no key states one (configs/train.yaml)."""
 REASON = "of the run that training starts from (trainer.initial)"
 NUM_NAMED = 6
 """Most tensors that a line names."""
@@ -43,11 +48,12 @@ def begun_by(experiment: Experiment, *, spatial_dims: int, num_channels: int) ->
         The experiment (as it is without `trainer.initial`) and the plan of that run, if it is taken over.
     Raises:
         MedsegError: E_RUN if there is no such run; E_MODEL if it is for pictures and the data are volumes, or the
-            other way round.
+            other way round; E_CONFIG for keys of the network that it has otherwise.
     """
     if experiment.trainer.initial is None:
         return experiment, None
     info = BundleInfo.read(Path(experiment.trainer.initial))
+    _refuse_other_model(experiment.model, info.model)
     if info.plan.spatial_dims != spatial_dims:
         raise MedsegError(
             Code.MODEL,
@@ -65,6 +71,29 @@ def begun_by(experiment: Experiment, *, spatial_dims: int, num_channels: int) ->
         planned = {name: value for name, value in planned.items() if name not in ("orientation", "configuration")}
     data = dataclasses.replace(experiment.data, plan=dataclasses.replace(config, **planned))
     return dataclasses.replace(experiment, data=data, model=dict(info.model)), info.plan
+
+
+def _refuse_other_model(stated: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
+    """Refuse keys of the network that would have no effect: those that are not their defaults."""
+    name = str(stated["name"])
+    defaults = {"name": DEFAULT_MODEL, **{f.name: f.default for f in dataclasses.fields(MODELS.part(name).config)}}
+    other = [
+        key for key, value in stated.items() if _plain(value) not in (_plain(defaults.get(key)), _plain(taken.get(key)))
+    ]
+    if other:
+        raise MedsegError(
+            Code.CONFIG,
+            "the network is that of the run that training starts from",
+            where=f"model.{other[0]}" if other[0] != "name" else f"model={name}",
+            expected=f"{other[0]}: {taken.get(other[0])}",
+            got=stated[other[0]],
+            remedy="leave model and preset out: trainer.initial takes the network over, or begin without it",
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that files hold."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def as_before(plan: Plan, before: Plan | None, config: PlanConfig) -> Plan:
@@ -96,14 +125,14 @@ def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]
     Args:
         model: fresh.
         info: what it is.
-        initial: the other run, trained or converted.
+        initial: the other run, trained or converted, or its bundle.
     Returns:
         Lines that say what was taken.
     Raises:
         MedsegError: E_RUN or E_CHECKPOINT from reading; E_MODEL if the networks differ in anything else.
     """
     before = BundleInfo.read(initial)
-    path = checkpoint_path(initial, "best")
+    path = checkpoint_path(opened(initial), "best")
     tensors, _ = read_checkpoint(path)
     old = {k.removeprefix(MODEL_PREFIX): v for k, v in tensors.items() if k.startswith(MODEL_PREFIX)}
     own = model.state_dict()
@@ -164,9 +193,7 @@ def seen_before(initial: Path, split: Split, root: str | None) -> list[str]:
     seen = sorted(before & {*split.val, *split.test})
     if not seen:
         return []
-    config = initial / CONFIG_FILE
-    stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    where = (stored.get("data") or {}).get("root")
+    where = _root_of(initial)
     if where is not None and root is not None and Path(where).resolve() == Path(root).resolve():
         raise MedsegError(
             Code.LEAK,
@@ -180,6 +207,14 @@ def seen_before(initial: Path, split: Split, root: str | None) -> list[str]:
         f"warning    {len(seen)} ids that validate or test trained that run: {_some(seen)}; if they are the same "
         "cases, the results below are too good"
     ]
+
+
+def _root_of(run: Path) -> str | None:
+    """The `data.root` of a run; None where it came without its places, or they cannot be read."""
+    try:
+        return str(parse_yaml((run / PLACES_FILE).read_text(encoding="utf-8"))["data.root"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _differ_along(old: torch.Tensor, new: torch.Tensor, axis: int, lengths: tuple[int, int]) -> bool:

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from medseg.formats.atomic import whole_file
+
 log = logging.getLogger(__name__)
 
 HISTORY_FILE = "history.csv"
@@ -45,7 +47,8 @@ class Journal:
         self.path = run / HISTORY_FILE
         self.columns = ["step", "minutes", *columns]
         kept = [row for row in _rows(self.path) if int(row["step"]) <= from_step]
-        with self.path.open("w", newline="", encoding="utf-8") as file:
+        # Whole or not at all: a full disk must not take the rows of a run that goes on.
+        with whole_file(self.path, ".csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
             writer.writeheader()
             writer.writerows(kept)
@@ -110,8 +113,9 @@ def _tag(column: str) -> str:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a history.csv; [] if there is none."""
+    """Rows of a history.csv; [] if there is none. One that a kill cut short is none."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [row for row in csv.DictReader(lines) if (row.get("step") or "").isdecimal() and None not in row.values()]

@@ -22,24 +22,28 @@ from medseg.inference.sliding_window import WindowConfig, autocast, memory_forma
 from medseg.losses.choice import build_loss
 from medseg.losses.deep_supervision import DeepSupervision
 from medseg.models import SegmentationModel
+from medseg.models.compiling import Forward
 from medseg.program import command
 from medseg.reports.overlay import figure_to_array, overlay_figure
 from medseg.training.averaging import WeightAverage
 from medseg.training.beginning import SURVEY_FILE
 from medseg.training.class_weights import with_class_weights
-from medseg.training.compiling import Forward, wants_compiling
+from medseg.training.compiling import wants_compiling
 from medseg.training.experiment import Experiment
 from medseg.training.feeding import on_device
 from medseg.training.journal import DICE_PREFIX, Journal
 from medseg.training.optimizers import OPTIMIZERS
 from medseg.training.schedules import SCHEDULES, Schedule
-from medseg.training.signals import StopSignals
-from medseg.training.state import Counters, resume_latest, save_best, save_latest
+from medseg.training.signals import TrainingSignals
+from medseg.training.state import Counters, can_resume, resume_latest, save_best, save_latest
 from medseg.training.validation import validate
 from medseg.volume import Volume
 
 VALIDATION_SHARE = 0.2
 """Largest share of a time budget that validations may take."""
+MAX_LEFT_OUT = 20
+"""Steps in a row whose loss is not finite, after which trainer.on_nan_loss=skip gives up: a bad case now and then is
+not drawn that often."""
 
 
 class Loop:
@@ -57,6 +61,7 @@ class Loop:
     ) -> None:
         self.config, plan = experiment.trainer, info.plan
         self.run, self.plan, self.labels, self.model, self.device = run, plan, info.labels, model, device
+        self.seed = experiment.seed
         self.validation = validation
         self.precision = choose_precision(self.config.precision, device)
         self.window = WindowConfig(batch_size=plan.batch_size, precision=self.precision)
@@ -100,10 +105,14 @@ class Loop:
         if device.type == "cpu":
             keep_freed_memory()
         self.counters = Counters()
-        if experiment.resume is not None and checkpoint_path(run, "latest").exists():
-            self.counters = resume_latest(run, model, self.optimizer, self.scaler, self.average)
-            # A larger budget moves the evenly spread validations: those due by now count as done.
-            self.counters.validations = int(self.progress() * self.config.num_validations + 1e-9)
+        if experiment.resume is not None and can_resume(run):
+            self.counters, notes = resume_latest(run, model, self.optimizer, self.scaler, self.average)
+            self.notes += notes
+            if not self.counters.is_validating:
+                # A larger budget moves the evenly spread validations: those due by now count as done.
+                self.counters.validations = int(self.progress() * self.config.num_validations + 1e-9)
+        self.recent = torch.full((), self.counters.loss_sum, device=device)
+        self.is_left_out = False
         self.last_dice = math.nan
         self.validated_at, self.validation_seconds = time.monotonic(), 0.0
         self.saved_at = time.monotonic()
@@ -127,52 +136,53 @@ class Loop:
     def run_to_the_end(self, journal: Journal) -> None:
         """Train until the budget is used up or the patience is at its end."""
         self.model.train()
-        started = time.monotonic() - 60 * self.counters.minutes
-        mark, mark_step = time.monotonic(), self.counters.step
-        recent, num_recent = torch.zeros((), device=self.device), 0
+        self.started = time.monotonic() - 60 * self.counters.minutes
+        self.mark, self.mark_step = time.monotonic(), self.counters.step
         for note in self.notes:
             journal.say(note)
-        batches = self.feed()
-        with StopSignals() as stop, closing(batches):
-            while self.progress() < 1 and stop.received is None and not self.is_out_of_patience():
+        with TrainingSignals() as signals, closing(self.feed()) as batches:
+            if self.counters.is_validating:  # it was killed meanwhile
+                self.validate_and_save(journal)
+            while self.progress() < 1 and signals.received is None and not self.is_out_of_patience():
                 step, image, label = next(batches)
-                recent += self.train_step(step, image, label)
-                num_recent += 1
+                self.note_loss(self.train_step(step, image, label), journal)
                 self.counters.step = step + 1
-                self.counters.minutes = (time.monotonic() - started) / 60
+                self.counters.minutes = (time.monotonic() - self.started) / 60
                 if self.counters.step % self.config.log_steps == 0:
-                    seconds = max(time.monotonic() - mark, 1e-9)
-                    speed = (self.counters.step - mark_step) * self.plan.batch_size / seconds
-                    self.log_training(journal, float(recent) / num_recent, speed)
-                    recent, num_recent = torch.zeros_like(recent), 0
-                    mark, mark_step = time.monotonic(), self.counters.step
+                    self.log_training(journal)
                 if self.is_time_to_validate():
-                    self.check_finite(float(recent))
-                    self.check_weights()
-                    self.validate(journal)
-                    mark, mark_step = time.monotonic(), self.counters.step
-                    self.counters.minutes = (time.monotonic() - started) / 60
+                    self.validate_and_save(journal)
+                elif signals.take_save() or time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
                     self.save()
-                    if self.is_out_of_patience():
-                        journal.say(
-                            f"stopping early: no validation Dice above {self.counters.best_dice:.4f} (step "
-                            f"{self.counters.best_step}) in the last {self.counters.stale} validations, and "
-                            f"trainer.patience={self.config.patience}"
-                        )
-                elif time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
-                    self.check_finite(float(recent))
-                    self.check_weights()
-                    self.save()
-            if stop.received is not None:
-                self.check_finite(float(recent))
-                self.check_weights()
+            if signals.received is not None:
                 self.save()
-                journal.say(f"stopped by {stop.received.name} at step {self.counters.step}; go on with:")
+                journal.say(f"stopped by {signals.received.name} at step {self.counters.step}; go on with:")
                 journal.say("  " + command("train", f"resume={self.run}"))
-        stop.raise_received()
+        signals.raise_received()
         if not checkpoint_path(self.run, "best").exists():  # the budget was made smaller before the first validation
-            self.validate(journal)
-            self.save()
+            self.validate_and_save(journal)
+
+    def validate_and_save(self, journal: Journal) -> None:
+        """A validation, and what is left of it if the process is killed at any moment.
+
+        The steps are saved before it, so that a kill during a long one costs none of them; what it found is saved in
+        `latest` first, from which `best` can be made again.
+        """
+        self.counters.is_validating = True
+        self.save()
+        is_best = self.validate(journal)
+        self.counters.is_validating = False
+        self.counters.minutes = (time.monotonic() - self.started) / 60
+        self.save()
+        if is_best:
+            save_best(self.run, self.model, self.average, self.counters)
+        self.mark, self.mark_step = time.monotonic(), self.counters.step
+        if self.is_out_of_patience():
+            journal.say(
+                f"stopping early: no validation Dice above {self.counters.best_dice:.4f} (step "
+                f"{self.counters.best_step}) in the last {self.counters.stale} validations, and "
+                f"trainer.patience={self.config.patience}"
+            )
 
     def feed(self) -> Generator[BatchItem, None, None]:
         """Batches from the next step on, made ahead by a thread, on the device."""
@@ -181,9 +191,11 @@ class Loop:
     def train_step(self, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """One optimizer step on a batch; returns the loss, detached and still on the device.
 
-        Nothing in it waits for a GPU.
+        Nothing in it waits for a GPU, unless trainer.on_nan_loss=skip asks what the loss is.
         """
         self.set_rates()
+        # What a network draws itself (dropout) follows from (seed, step) too: no random state is to be saved.
+        torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)
         image, label = self.augment(image, label, step)
         image = image.contiguous(memory_format=memory_format(self.plan.spatial_dims))
         self.optimizer.zero_grad(set_to_none=True)
@@ -193,12 +205,33 @@ class Loop:
             loss: torch.Tensor = self.loss(outputs, label)
             torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
-        self.scaler.step(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+        if self.config.on_nan_loss == "skip":
+            # Under a loss scaler infinite gradients are its own affair: it leaves the step out and scales by less.
+            told = loss if self.scaler.is_enabled() else loss + norm
+            self.is_left_out = not bool(torch.isfinite(told.detach()))
+        if not self.is_left_out:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.average is not None:
+        if self.average is not None and not self.is_left_out:
             self.average.update(step)
         return loss.detach()
+
+    def note_loss(self, loss: torch.Tensor, journal: Journal) -> None:
+        """Add the loss of a step to those that the history will hold the mean of.
+
+        Raises:
+            MedsegError: E_NAN_LOSS after `MAX_LEFT_OUT` steps in a row that were left out.
+        """
+        counters = self.counters
+        if not self.is_left_out:
+            self.recent += loss
+            counters.num_losses, counters.left_out = counters.num_losses + 1, 0
+            return
+        counters.left_out += 1
+        journal.say(f"warning    step {counters.step + 1} is left out: its loss or gradient is not finite")
+        if counters.left_out >= MAX_LEFT_OUT:
+            raise self._not_finite(f"the training loss was not finite {MAX_LEFT_OUT} times in a row", float(loss))
 
     def set_rates(self) -> None:
         """Give the optimizer what the schedule says of this moment."""
@@ -210,16 +243,22 @@ class Loop:
             elif momentum is not None and "momentum" in group:
                 group["momentum"] = momentum
 
-    def log_training(self, journal: Journal, loss: float, samples_per_s: float) -> None:
+    def log_training(self, journal: Journal) -> None:
         """Record the mean loss of the last steps and move the bar."""
+        counters = self.counters
+        if not counters.num_losses:  # all were left out
+            return
+        loss = float(self.recent) / counters.num_losses
         self.check_finite(loss)
+        seconds = max(time.monotonic() - self.mark, 1e-9)
+        samples_per_s = (counters.step - self.mark_step) * self.plan.batch_size / seconds
         lr = self.optimizer.param_groups[0]["lr"]
         values = {"train_loss": loss, "lr": lr, "samples_per_s": samples_per_s}
-        journal.record(self.counters.step, self.counters.minutes, values)
+        journal.record(counters.step, counters.minutes, values)
         dice = "" if math.isnan(self.last_dice) else f" Dice {self.last_dice:.3f}"
-        journal.advance(
-            self.progress(), f"step {self.counters.step} loss {loss:.3f}{dice} {samples_per_s:.1f} samples/s"
-        )
+        journal.advance(self.progress(), f"step {counters.step} loss {loss:.3f}{dice} {samples_per_s:.1f} samples/s")
+        self.recent, counters.num_losses = torch.zeros_like(self.recent), 0
+        self.mark, self.mark_step = time.monotonic(), counters.step
 
     def check_finite(self, loss: float) -> None:
         """End the run at a loss that is not finite, before such weights are saved.
@@ -260,12 +299,12 @@ class Loop:
             return self.progress() >= 1
         return self.progress() >= min(due, 1.0)
 
-    def validate(self, journal: Journal) -> None:
-        """Whole volumes: record Dice and overlays, keep the best weights."""
+    def validate(self, journal: Journal) -> bool:
+        """Whole volumes: record Dice and overlays; whether these weights are the best so far."""
         with nullcontext() if self.average is None else self.average.applied():
-            self.validate_as_is(journal)
+            return self.validate_as_is(journal)
 
-    def validate_as_is(self, journal: Journal) -> None:
+    def validate_as_is(self, journal: Journal) -> bool:
         """`validate` with the weights that the model has."""
         started = time.monotonic()
         result, kept = validate(
@@ -279,11 +318,12 @@ class Loop:
         values = {"val_loss": result.loss, DICE_PREFIX + "mean": result.mean}
         values |= {DICE_PREFIX + name: value for name, value in per_class.items()}
         journal.record(counters.step, counters.minutes, values)
-        is_best = result.mean > counters.best_dice
+        # Done again after a checkpoint was lost, the best one comes out as it was.
+        is_again = (result.mean, counters.step) == (counters.best_dice, counters.best_step)
+        is_best = result.mean > counters.best_dice or is_again
         counters.stale = 0 if is_best else counters.stale + 1
         if is_best:
             counters.best_dice, counters.best_step = result.mean, counters.step
-            save_best(self.run, self.model, counters)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in list(per_class.items())[:6])
         mark = " [green]best so far[/]" if is_best else ""
         journal.say(
@@ -292,6 +332,7 @@ class Loop:
         self.draw(journal, kept)
         self.validated_at = time.monotonic()
         self.validation_seconds = self.validated_at - started
+        return is_best
 
     def draw(self, journal: Journal, kept: Mapping[str, np.ndarray]) -> None:
         """Overlays of the fixed validation cases, for TensorBoard."""
@@ -308,6 +349,13 @@ class Loop:
             journal.picture(f"validation/{case.case_id}", figure_to_array(figure), self.counters.step)
 
     def save(self) -> None:
-        """Write the latest checkpoint."""
+        """Write the latest checkpoint, and keep the one before it.
+
+        Raises:
+            MedsegError: E_NAN_LOSS in place of saving what is not finite; E_OUTPUT.
+        """
+        self.counters.loss_sum = float(self.recent)
+        self.check_finite(self.counters.loss_sum)
+        self.check_weights()
         save_latest(self.run, self.model, self.optimizer, self.scaler, self.counters, self.average)
         self.saved_at = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +10,15 @@ from rich.console import Console
 
 from medseg.data.plan import Plan
 from medseg.data.plan.file import PLAN_FILE
+from medseg.data.store import Decoded, Store
 from medseg.device import choose_device
 from medseg.program import command
 from medseg.reports.plan_table import print_anomalies, print_plan
-from medseg.training.beginning import SURVEY_FILE, settle
-from medseg.training.experiment import Experiment
+from medseg.training.beginning import SURVEY_FILE, open_store, settle, write_survey
+from medseg.training.experiment import DataConfig, Experiment
+
+RUNS_FOLDER, PLANS_FOLDER = "runs", "plans"
+"""Where runs and plans lie by default (configs/train.yaml, configs/plan.yaml)."""
 
 
 def plan_data(
@@ -32,17 +35,20 @@ def plan_data(
         MedsegError: what the data, the configuration or the machine refuse.
     """
     console = console or Console()
-    settled = settle(experiment, planned_device(experiment), console, say_anomalies=False)
+    store = shared_store(experiment.data, folder)
+    settled = settle(experiment, planned_device(experiment), console, store, say_anomalies=False)
     plan = settled.info.plan
     folder.mkdir(parents=True, exist_ok=True)
     plan.write(folder / PLAN_FILE)
-    (folder / SURVEY_FILE).write_text(json.dumps(settled.found.to_json(), indent=1), encoding="utf-8")
+    write_survey(settled.found, folder)
     console.print()
     print_plan(plan, console)
     console.print()
     print_anomalies(settled.found.anomalies, console)
-    keys = stated or [f"data.root={experiment.data.root}"]
-    train = command("train", *(k for k in keys if not k.startswith(("plan=", "hydra."))), f"plan={folder}")
+    keys = [k for k in stated or [f"data.root={experiment.data.root}"] if not k.startswith(("plan=", "hydra."))]
+    if experiment.data.store == "auto" and folder.parent.name != PLANS_FOLDER:
+        keys.append(f"data.store={store.folder}")
+    train = command("train", *keys, f"plan={folder}")
     console.print(
         f"\nwritten: {folder / PLAN_FILE}, {SURVEY_FILE}; change what you like, then:\n  {train}",
         highlight=False,
@@ -50,6 +56,19 @@ def plan_data(
         markup=False,
     )
     return plan
+
+
+def shared_store(data: DataConfig, folder: Path) -> Store:
+    """The store in which a training finds what planning has read of the cases: by default that of `RUNS_FOLDER`.
+
+    Args:
+        data: names it.
+        folder: of the plan.
+    """
+    beside = folder.parent.with_name(RUNS_FOLDER) if folder.parent.name == PLANS_FOLDER else folder.parent
+    store = open_store(data, beside / folder.name)
+    store.decoded = Decoded(0)  # nothing is prepared here
+    return store
 
 
 def planned_device(experiment: Experiment) -> torch.device:

@@ -18,6 +18,12 @@ ENDINGS = (".nii.gz", ".png")
 """Of the label files that a validation writes: volumes, pictures."""
 
 
+def forget_postprocessing(run: Path) -> None:
+    """Remove what was decided for other weights than the run has now."""
+    for path in (run / POSTPROCESSING_FILE, (run / POSTPROCESSING_FILE).with_suffix(".md")):
+        path.unlink(missing_ok=True)
+
+
 def postprocess_run(
     run: Path,
     folders: Sequence[Path],

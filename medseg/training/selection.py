@@ -25,6 +25,7 @@ from medseg.data.splits import SPLIT_FILE, Split, patients_of, read_split
 from medseg.device import choose_device, choose_precision
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, write_label
+from medseg.formats.label_table import written_names
 from medseg.inference.averaging import decode_mean
 from medseg.inference.folder import label_name, write_predictions_table
 from medseg.inference.members import (
@@ -300,7 +301,8 @@ def _predict_all(
                     indices = decode_mean(parts, [1 / len(parts)] * len(parts), info.labels, image.grid)
                     dice[number, order[case_id]] = _dice(np.asarray(indices.array), truth, info.labels, image.grid)
                     name = label_name(case_id, image)
-                    write_label(folder / str(number) / name, predictors[0].in_file_values(indices))
+                    label = predictors[0].in_file_values(indices)
+                    write_label(folder / str(number) / name, label, written_names(info.labels))
                 done += 1
                 progress(done, len(cases))
     return dice

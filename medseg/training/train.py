@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +11,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from medseg.bundle import FOLDS_FILE, BundleInfo, checkpoint_path, load_bundle
+from medseg.bundle import FOLDS_FILE, BundleInfo, forget_manifest, load_bundle, write_manifest
 from medseg.data.cases import Case
 from medseg.data.splits import Split
 from medseg.data.store import Store
-from medseg.device import choose_device
+from medseg.device import choose_device, deterministic
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import memory_format
 from medseg.program import command
@@ -28,12 +27,14 @@ from medseg.reports.progress import counting_bar
 from medseg.reports.tables import print_evaluation
 from medseg.training.beginning import begin, go_on, open_store, prepare
 from medseg.training.card import device_in_words, write_card
-from medseg.training.experiment import Experiment, write_config
+from medseg.training.experiment import Experiment, without_places, write_config
 from medseg.training.folds import Folds, Sides, begin_folds, go_on_folds
 from medseg.training.initial import load_initial, seen_before
 from medseg.training.journal import HISTORY_FILE, Journal
 from medseg.training.loop import Loop
-from medseg.training.postprocessing import postprocess_run
+from medseg.training.postprocessing import forget_postprocessing, postprocess_run
+from medseg.training.signals import save_signal_is_harmless
+from medseg.training.state import can_resume
 from medseg.training.validation import FINAL_FOLDER, final_validation
 
 CROSSVALIDATION_FOLDER = "crossvalidation"
@@ -70,6 +71,16 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     """
     console = console or Console()
     run.mkdir(parents=True, exist_ok=True)
+    whole = run.parent if (run.parent / FOLDS_FILE).is_file() else run
+    forget_manifest(whole)  # its files change from here on
+    with save_signal_is_harmless(), deterministic(experiment.trainer.deterministic):
+        result = _train(experiment, run, console)
+    write_manifest(whole)
+    return result
+
+
+def _train(experiment: Experiment, run: Path, console: Console) -> TrainResult:
+    """One fold or several, begun or gone on with."""
     device = choose_device(experiment.trainer.device)
     if experiment.resume is None:
         write_config(experiment, run)
@@ -129,7 +140,7 @@ def _train_fold(
     torch.manual_seed(experiment.seed)
     model = info.build_model().to(device, memory_format=memory_format(info.plan.spatial_dims))  # type: ignore[call-overload]
     describe(console, run, info, model, device)
-    if experiment.trainer.initial is not None and not checkpoint_path(run, "latest").exists():
+    if experiment.trainer.initial is not None and not can_resume(run):
         initial = Path(experiment.trainer.initial)
         for line in load_initial(model, info, initial) + seen_before(initial, split, experiment.data.root):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -137,19 +148,10 @@ def _train_fold(
 
     loop = Loop(experiment, run, info, model, training, validation, device)
     with Journal(run, console, loop.columns(), from_step=loop.counters.step) as journal:
-        journal.settings("configuration", _without_paths(experiment))
+        journal.settings("configuration", without_places(experiment)[0])
         journal.settings("plan", info.plan.to_json())
         loop.run_to_the_end(journal)
     return conclude(experiment, run, loop, info, cases, split, console)
-
-
-def _without_paths(experiment: Experiment) -> dict[str, object]:
-    """The configuration without places on this machine: event files get around, and paths may hold patients' names."""
-    values = dataclasses.asdict(experiment)
-    del values["data"]["root"], values["data"]["manifest"], values["data"]["split"]["file"], values["resume"]
-    del values["plan"]
-    del values["data"]["store"], values["trainer"]["initial"]
-    return values
 
 
 def describe(console: Console, run: Path, info: BundleInfo, model: nn.Module, device: torch.device) -> None:
@@ -180,6 +182,7 @@ def conclude(
 ) -> TrainResult:
     """Curves, the final validation with the best weights on the scans' own grids, the card, where everything lies."""
     save_curves(run / "curves.png", run / HISTORY_FILE)
+    forget_postprocessing(run)
     validation = [cases[i] for i in split.val]
     evaluation = None
     if experiment.trainer.final_predictions:
@@ -213,6 +216,7 @@ def conclude_folds(experiment: Experiment, folds: Folds, console: Console) -> Tr
     run, labels, members = folds.run, folds.info.labels, folds.members
     done = [folds.finished[fold.number] for fold in members]
     crossvalidation = None
+    forget_postprocessing(run)
     if experiment.trainer.final_predictions:
         evaluations = {fold.number: read_evaluation(fold.run / FINAL_FOLDER, labels) for fold in members}
         crossvalidation = CrossValidation(evaluations)

@@ -3,6 +3,7 @@ scans' own grids."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from medseg.data.cases import Case, load_image, load_label_values
 from medseg.data.prepared import PreparedCase, cut
 from medseg.data.splits import patients_of
 from medseg.formats import STRICT, Reading, open_label, write_label
+from medseg.formats.label_table import written_names
 from medseg.inference.folder import label_name, write_predictions_table
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import WindowConfig, sliding_window_logits
@@ -22,6 +24,7 @@ from medseg.labels import Labels
 from medseg.losses.deep_supervision import centre_crop
 from medseg.metrics.case import measure_case
 from medseg.models import SegmentationModel
+from medseg.models.compiling import Forward
 from medseg.reports.evaluation import Evaluation, Row, evaluate_pair
 from medseg.reports.extremes import extremes
 from medseg.reports.overlay import save_overlay
@@ -81,8 +84,9 @@ def validate(
     dice: dict[str, tuple[float, ...]] = {}
     losses: list[float] = []
     kept: dict[str, np.ndarray] = {}
+    forward = Forward(model, compiled=False, must=False)
     for case in cases:
-        logits = sliding_window_logits(model, case.image, patch_size, labels.num_outputs, config)
+        logits = sliding_window_logits(model, case.image, patch_size, labels.num_outputs, config, forward=forward)
         predicted = labels.decode(logits).cpu().numpy()
         results = measure_case(
             predicted,
@@ -117,14 +121,15 @@ def final_validation(
     overlays of the worst, the median and the best case.
     """
     folder = run / FINAL_FOLDER
-    (folder / "overlays").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a resumed run may validate others best and worst
+    (folder / "overlays").mkdir(parents=True)
     channels = predictor.bundle.info.channels
     rows: list[Row] = []
     frame = ""
     for done, case in enumerate(cases, start=1):
         image = load_image(case, channels=channels, reading=reading)
         predicted = predictor.predict(image)
-        write_label(folder / label_name(case.case_id, image), predicted)
+        write_label(folder / label_name(case.case_id, image), predicted, written_names(labels))
         reference = load_label_values(case, image.grid, reading)
         rows += evaluate_pair(predicted, reference, labels, case=case.case_id)
         frame = image.grid.frame

@@ -11,6 +11,7 @@ import yaml
 
 from medseg.data.facts import Survey
 from medseg.data.plan.schema import Plan, PlanConfig
+from medseg.documents import parse_yaml
 from medseg.errors import Code, MedsegError
 
 PLAN_FILE = "plan.yaml"
@@ -30,7 +31,7 @@ def read_plan(path: Path) -> Plan:
     """
     path = path / PLAN_FILE if path.is_dir() else path
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MedsegError(
             Code.MISSING,

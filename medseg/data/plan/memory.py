@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,9 +74,15 @@ def step_cost(
         num_outputs: of the network.
         patch_size: its number of axes is that of the network; enlarged to what the network takes.
     """
+    return _counted(json.dumps(dict(settings), sort_keys=True), in_channels, num_outputs, tuple(patch_size))
+
+
+@lru_cache(maxsize=32)
+def _counted(settings: str, in_channels: int, num_outputs: int, patch_size: tuple[int, ...]) -> StepCost:
+    """As `step_cost`; a planner asks for the same network more than once."""
     with torch.device("meta"):
         model = MODELS.build(
-            settings, in_channels=in_channels, num_classes=num_outputs, spatial_dims=len(patch_size)
+            json.loads(settings), in_channels=in_channels, num_classes=num_outputs, spatial_dims=len(patch_size)
         ).train()
         patch_size = model.next_size(patch_size)
         patch = torch.empty((2, in_channels, *patch_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from medseg.errors import Code, MedsegError
+from medseg.formats.atomic import whole_file
 from medseg.registry import make_config
 
 Axes = tuple[int, ...]
@@ -27,8 +29,9 @@ class PlanConfig:
     """Whose rules: "auto" (ours, for the device), or exactly nnU-Net's: "nnunet" and its residual-encoder presets for
     8, 24 and 40 GB ("resenc_m", "resenc_l", "resenc_xl"). `preset=` sets this together with the network."""
     configuration: Configuration | None = None
-    """"fullres", "lowres" (the same network at a coarser spacing, where its patch sees more), or "2d" (slice by slice);
-    null: fullres, or 2d where the volumes have one slice."""
+    """"fullres", "lowres" (the same network at a coarser spacing, where its patch sees more: worth a second run where
+    the plan says that a patch holds less than a quarter of the median volume), or "2d" (slice by slice); null: fullres,
+    or 2d where the volumes have one slice."""
     memory_gb: float | None = None
     """Memory that a training step may take, in GiB; null: what the device has."""
     orientation: str | None = None
@@ -101,12 +104,14 @@ class Plan:
             self._refuse(count == self.num_channels, key, f"one for each of {self.num_channels} channel(s)")
         for key in ("spacing_mm", "patch_size"):
             value = getattr(self, key)
-            self._refuse(len(value) == dims and min(value) > 0, key, f"{dims} positive numbers")
+            self._refuse(len(value) == dims and all(0 < v < math.inf for v in value), key, f"{dims} positive numbers")
         for key in ("kernels", "strides"):
             value = getattr(self, key)
             self._refuse(len(value) == stages, key, f"one for each of {stages} stages (widths)")
             fits = all(len(of_stage) == dims and min(of_stage) > 0 for of_stage in value)
             self._refuse(fits, key, f"{dims} positive numbers for each stage")
+        whole = all(math.isfinite(number) for numbers in self.intensity for number in numbers)
+        self._refuse(whole, "intensity", "numbers")  # NaN would make every voxel NaN, and labels of chance
         self._refuse(stages > 0 and min(self.widths) > 0, "widths", "positive numbers")
         self._refuse(self.batch_size > 0, "batch_size", "a positive number")
         self._refuse(len(self.orientation) == (3 if dims == 3 and self.orientation else 0), "orientation", "3 letters")
@@ -150,7 +155,8 @@ class Plan:
                 continue
             lines += [f"# {self.reasons[field.name]}"] if field.name in self.reasons else []
             lines.append(f"{field.name}: {_in_yaml(values[field.name])}")
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with whole_file(path, ".yaml") as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _in_yaml(value: Any) -> str:

@@ -43,6 +43,9 @@ ENCRYPTED = 0x1 | 0x40
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 LEFT_OUT = "__MACOSX"
 """Folder in which macOS puts a shadow of every file."""
+ZIPS = "zip within the folder"
+"""What a scan of a folder counts them as: they are not looked into, so that what is read stays what was named."""
+ZIP_REMEDY = "zips within a folder are not looked into: name them one by one, or unpack them"
 
 _Key = tuple[Path, int, int]
 _unpacked: dict[_Key, Path] = {}
@@ -80,12 +83,31 @@ def unpacked(path: Path) -> Path:
         status = path.stat()
         key = (path.resolve(), status.st_mtime_ns, status.st_size)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise MedsegError(Code.MISSING, "there is no such file", where=path.name, remedy="check the path") from error
+        raise MedsegError(
+            Code.MISSING,
+            "there is no such file",
+            where=path.name,
+            expected="a zip",
+            got="nothing",
+            remedy="check the path",
+        ) from error
     with _lock:
         folder = _unpacked.get(key)
         if folder is None or not folder.is_dir():  # cleaners of temporary folders exist
             folder = _unpacked[key] = _unpack(path, status.st_size)
         return folder
+
+
+def listed(path: Path) -> dict[PurePosixPath, int]:
+    """The files of a zip and the sizes that they claim, checked as `unpacked` checks them; nothing is unpacked.
+
+    Raises:
+        MedsegError: as `unpacked`, but for what only the content tells.
+    """
+    with _open(path) as source:
+        with _reading(path):
+            infos = zipfile.ZipFile(source).infolist()
+        return {relative: info.file_size for info, relative in _checked(infos, path)}
 
 
 def _unpack(path: Path, size: int) -> Path:

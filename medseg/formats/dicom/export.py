@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -59,7 +60,14 @@ def forms_of(text: str) -> tuple[Form, ...]:
 
 
 def write_annotation(
-    path: Path, form: Form, label: Volume, names: Sequence[str], source: Sequence[Path], algorithm: Algorithm
+    path: Path,
+    form: Form,
+    label: Volume,
+    names: Sequence[str],
+    source: Sequence[Path],
+    algorithm: Algorithm,
+    *,
+    parts: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Write a label map as SEG or RTSTRUCT, whole or not at all.
 
@@ -67,16 +75,19 @@ def write_annotation(
         path: final name.
         form: DICOM_SEG or RTSTRUCT.
         label: uint8 class indices (i, j, k), 0 the background.
-        names: of the classes 1, 2, …
+        names: of the structures: the classes 1, 2, …, or regions of `parts`.
         source: the image files of the series, in slice order; the result refers to them and carries their
             identifiers.
         algorithm: who drew it.
+        parts: for each name the classes that make it up, where structures may overlap; None: the classes in turn.
     Raises:
         MedsegError: as the writers.
     """
     from medseg.formats.dicom.codes import structures_of
 
     structures = structures_of(names)
+    if parts is not None:
+        structures = tuple(replace(s, values=tuple(part)) for s, part in zip(structures, parts, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # highdicom and pydicom quote values, among them the patient's name
         if form is Form.DICOM_SEG:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.content import is_dicom_start
-from medseg.formats.dicom.archive import is_zip, unpacked
+from medseg.formats.dicom.archive import ZIPS, is_zip, unpacked
 from medseg.formats.dicom.header import Slice, read_header
 from medseg.formats.dicom.parsing import cannot_open, not_dicom
 from medseg.formats.dicom.sop_classes import SEGMENTATIONS, STRUCTURE_SET, kind_of_object
@@ -34,6 +34,8 @@ LINKS = "link"
 """Key in `Scan.others` of the links that were not followed."""
 EMPTY_FILES = "empty file"
 """Key in `Scan.others` of the files without a byte whose names do not say what they are: slices that a copy lost?"""
+NO_OBJECTS = (LINKS, EMPTY_FILES, ZIPS)
+"""What a scan counts that is no DICOM."""
 
 Progress = Callable[[int, int], None]
 """Called with (files done, all files)."""
@@ -96,7 +98,7 @@ class Scan:
     annotations: list[Path]
     """SEG and RTSTRUCT files."""
     others: dict[str, int]
-    """Other DICOM objects by kind ("SR", "DICOMDIR", …), and `LINKS` and `EMPTY_FILES`, and how many."""
+    """Other DICOM objects by kind ("SR", "DICOMDIR", …), and those of `NO_OBJECTS`, and how many."""
     refusals: list[tuple[Path, MedsegError]]
     """Files and folders that cannot be read though they should, and why."""
 
@@ -122,9 +124,23 @@ def scan(path: Path, *, without_preamble: bool = False, progress: Progress | Non
     """
     path = Path(path)
     if not path.exists():
-        raise MedsegError(Code.MISSING, "there is no such file or folder", where=path.name, remedy="check the path")
+        raise MedsegError(
+            Code.MISSING,
+            "there is no such file or folder",
+            where=path.name,
+            expected="a file or a folder",
+            got="nothing",
+            remedy="check the path",
+        )
     if not path.is_dir() and not path.is_file():
-        raise MedsegError(Code.UNSUPPORTED, "this is neither a folder nor a file", where=path.name)
+        raise MedsegError(
+            Code.UNSUPPORTED,
+            "this is neither a folder nor a file",
+            where=path.name,
+            expected="a file or a folder",
+            got="a pipe or a device",
+            remedy="copy what it gives into a file",
+        )
     if is_zip(path):
         path = unpacked(path)
     others: Counter[str] = Counter()
@@ -142,7 +158,9 @@ def scan(path: Path, *, without_preamble: bool = False, progress: Progress | Non
             others[kind_of_object(found)] += 1
         elif _is_lost(file):
             others[EMPTY_FILES] += 1
-    left_out = len(annotations) + sum(count for kind, count in others.items() if kind not in (LINKS, EMPTY_FILES))
+        elif file.suffix.lower() == ".zip" and is_zip(file):
+            others[ZIPS] += 1
+    left_out = len(annotations) + sum(count for kind, count in others.items() if kind not in NO_OBJECTS)
     if left_out:
         logger.info("%d DICOM objects are not images (SEG, RTSTRUCT, SR, …)", left_out)
     return Scan(tuple(slices), annotations, dict(others), sorted(refusals, key=lambda r: r[0]))
@@ -163,7 +181,9 @@ def read_slices(files: Sequence[Path], *, without_preamble: bool = False) -> lis
                 Code.UNSUPPORTED,
                 "the file is not a DICOM image",
                 where=file.name,
+                expected="an image of a series",
                 got=kind_of_object(found) if found else "another kind of file",
+                remedy="check the path",
             )
         slices.append(found)
     return slices

@@ -34,7 +34,14 @@ FloatArray = NDArray[np.float64]
 def cosines(item: Slice) -> FloatArray:
     """(2, 3): along a row, down a column."""
     if item.orientation is None:  # refused by `stack.arrange`; said again for the type checker
-        raise MedsegError(Code.NO_GEOMETRY, "a slice has no orientation", where=item.path.name)
+        raise MedsegError(
+            Code.NO_GEOMETRY,
+            "a slice has no orientation",
+            where=item.path.name,
+            expected="ImageOrientationPatient",
+            got="none",
+            remedy="export the original series again",
+        )
     return item.orientation
 
 

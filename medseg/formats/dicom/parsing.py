@@ -196,5 +196,6 @@ def _nested(path: Path) -> MedsegError:
         Code.MALFORMED,
         "sequences are nested without end",
         where=path.name,
+        expected="at most a few sequences within each other",
         remedy="the file is damaged or forged: get it again from its source",
     )

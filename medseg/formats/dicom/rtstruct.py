@@ -91,7 +91,14 @@ def masks(
     """
     path = annotation.path
     if grid.ndim != 3 or grid.is_picture:
-        raise MedsegError(Code.GRID, "contours lie in space, the image does not", where=path.name, got=grid.frame)
+        raise MedsegError(
+            Code.GRID,
+            "contours lie in space, the image does not",
+            where=path.name,
+            expected="a volume in mm",
+            got=f"a picture (frame {grid.frame})",
+            remedy="give the series that the contours were drawn on",
+        )
     wanted = [s for s in annotation.structures if numbers is None or s.number in numbers]
     missing = sorted(set(numbers or ()) - {s.number for s in wanted})
     if missing:
@@ -101,6 +108,7 @@ def masks(
             where=path.name,
             expected=", ".join(str(s.number) for s in annotation.structures),
             got=missing,
+            remedy="choose among those that are there",
         )
     drawn = _contours_of(annotation, {s.number: s.name for s in wanted})
     for structure in wanted:

@@ -114,7 +114,8 @@ def write_rtstruct(
 
     Args:
         path: final name.
-        label: (i, j, k), whole numbers: 0, or the number of a structure; on the grid of the source, axes in any order.
+        label: (i, j, k), whole numbers: 0, or a value of a structure (`Structure.parts`); on the grid of the source,
+            axes in any order.
         structures: regions in the order of the file; those without a voxel get no contours.
         source: the image files of one series, one per slice or one that is multi-frame.
         algorithm: who drew it.
@@ -127,7 +128,14 @@ def write_rtstruct(
     _check_label(path, label, structures)
     headers = [_header(file) for file in source]
     if not headers:
-        raise MedsegError(Code.REFERENCE, "no source files to refer to", where=path.name, expected="an image series")
+        raise MedsegError(
+            Code.REFERENCE,
+            "no source files to refer to",
+            where=path.name,
+            expected="an image series",
+            got="no file",
+            remedy="give the series that the label belongs to",
+        )
     _check_one_series(path, headers, source)
     slices = _slices(path, label, headers, source)
     with pydicom.config.disable_value_validation():  # its warnings would show values, and they may be the patient's
@@ -154,9 +162,17 @@ def _check_label(path: Path, label: Volume, structures: Sequence[Structure]) -> 
         raise _refused(path, "only a label map in space can be written as contours", got=label.array.shape)
     if not structures or len(set(numbers)) < len(numbers) or min(numbers) < 1:
         raise _refused(path, "structures need numbers of their own, from 1", got=numbers)
-    unknown = sorted(set(np.unique(label.array).tolist()) - {0, *numbers})
+    known = {0, *(value for structure in structures for value in structure.parts)}
+    unknown = sorted(set(np.unique(label.array).tolist()) - known)
     if unknown:
-        raise MedsegError(Code.LABEL, "voxels of no structure", where=path.name, expected=[0, *numbers], got=unknown)
+        raise MedsegError(
+            Code.LABEL,
+            "voxels of no structure",
+            where=path.name,
+            expected=sorted(known),
+            got=unknown,
+            remedy="name a structure for each value of the label",
+        )
     for structure in structures:
         if len(structure.name) > MAX_NAME or "\\" in structure.name or not structure.name.isprintable():
             raise _refused(
@@ -175,7 +191,7 @@ def _header(file: Path) -> Dataset:
     missing = [tag for tag in _NEEDED_TAGS if not header.get(tag)]
     if missing:
         raise MedsegError(
-            Code.REFERENCE, "a source file without " + ", ".join(missing), where=file.name, remedy="export it again"
+            Code.REFERENCE, "a source file lacks tags", where=file.name, expected=missing, remedy="export it again"
         )
     return header
 
@@ -190,6 +206,7 @@ def _check_one_series(path: Path, headers: list[Dataset], source: Sequence[Path]
                 where=path.name,
                 expected=f"one {tag}",
                 got=f"{len(values)} in {len(source)} files",
+                remedy="give the files of one series",
             )
     if not headers[0].get("FrameOfReferenceUID"):
         raise MedsegError(
@@ -246,6 +263,7 @@ def _planes(header: Dataset, file: Path) -> list[Plane]:
             Code.NO_GEOMETRY,
             "a source file does not say where it lies",
             where=file.name,
+            expected="ImagePositionPatient and ImageOrientationPatient",
             remedy="write nifti: contours need a place in space",
         )
     return planes
@@ -321,7 +339,7 @@ def _roi_contour(structure: Structure, label: Volume, slices: list[_Slice]) -> D
     contours = [
         _contour(piece.points_mm(polygon), piece)
         for piece in sorted(slices, key=lambda s: s.spot.low[2])
-        for polygon in trace(piece.spot.view(label.array) == structure.number)
+        for polygon in trace(np.isin(piece.spot.view(label.array), structure.parts))
     ]
     if contours:
         item.ContourSequence = contours

@@ -70,7 +70,14 @@ def read_annotation(path: Path) -> Annotation:
     """
     header = parse(path, HEADER_TAGS)
     if str(header.get("SOPClassUID")) not in SEGMENTATIONS:
-        raise MedsegError(Code.UNSUPPORTED, "not a DICOM segmentation", where=path.name, remedy="check the path")
+        raise MedsegError(
+            Code.UNSUPPORTED,
+            "not a DICOM segmentation",
+            where=path.name,
+            expected="a Segmentation Storage object",
+            got="another object",
+            remedy="check the path",
+        )
     try:
         series, images = _references(header)
         if not images:

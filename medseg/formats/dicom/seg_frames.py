@@ -105,16 +105,23 @@ def read_stored(path: Path) -> Stored:
         shape = (int(header.Rows), int(header.Columns))
         count, bits = int(header.get("NumberOfFrames") or 1), int(header.BitsAllocated)
         syntax = DeflatedExplicitVRLittleEndian if deflated_at is not None else header.file_meta.TransferSyntaxUID
+        compressed = syntax.is_encapsulated or syntax.is_deflated  # ValueError for a UID of something else
         kind = str(header.get("SegmentationType") or "")
     except (AttributeError, TypeError, ValueError) as error:
         raise malformed("the frames have no size", where, got=type(error).__name__) from error
     if shape[0] * shape[1] > MAX_SLICE_PIXELS:
         raise absurd(where, f"{shape[1]} × {shape[0]} pixels per frame")
     needed = -(-shape[0] * shape[1] * count * bits // 8)
-    compressed = syntax.is_encapsulated or syntax.is_deflated
     check_size((needed,), 1, path.stat().st_size, where=where, compressed=compressed)
     if kind not in ("BINARY", "FRACTIONAL", "LABELMAP"):
-        raise MedsegError(Code.UNSUPPORTED, "an unknown type of segmentation", where=where, got=kind or "none")
+        raise MedsegError(
+            Code.UNSUPPORTED,
+            "an unknown type of segmentation",
+            where=where,
+            expected="BINARY, FRACTIONAL or LABELMAP",
+            got=kind or "none",
+            remedy="export it as a binary segmentation",
+        )
     found = read_frames(path)
     if found.organisation.startswith("TILED") or SLIDE_DIMENSION in found.dimensions:
         raise MedsegError(
@@ -239,5 +246,6 @@ def no_place(where: str) -> MedsegError:
         Code.NO_GEOMETRY,
         "the frames do not say where in the patient they lie",
         where=where,
+        expected="a position for each frame",
         remedy="give the picture that the structures were drawn on",
     )

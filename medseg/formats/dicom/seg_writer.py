@@ -60,7 +60,7 @@ def write_seg(
         path: final name.
         label: (i, j, k) class indices on the grid of the source, its axes in any order and direction, or on a grid of
             its own in the same space; (row, column) for a picture.
-        structures: numbers 1 … n in this order; the label's values.
+        structures: numbers 1 … n in this order; the label holds their values (`Structure.parts`).
         source: the image files of the series: one per slice, or one multi-frame file.
         algorithm: who drew it.
     Raises:
@@ -74,6 +74,8 @@ def write_seg(
     headers = _read_headers(source)
     arguments = _in_space(values, label.grid, headers, source)
     _check_frame(arguments["pixel_array"].shape[1:3], source[0].name)
+    if any(structure.parts != (structure.number,) for structure in structures):
+        arguments["pixel_array"] = _one_by_one(arguments["pixel_array"], structures)
     try:
         dataset = _dataset(headers, structures, algorithm, arguments, omit_empty_frames=bool(values.any()))
     except (ValueError, TypeError, AttributeError, LookupError) as error:
@@ -133,18 +135,43 @@ def _checked(label: Volume, structures: Sequence[Structure], where: str) -> NDAr
     numbers = [structure.number for structure in structures]
     if not numbers or numbers != list(range(1, len(numbers) + 1)):
         raise MedsegError(
-            Code.LABEL, "the structures are not numbered 1, 2, …", where=where, expected="1 … n", got=numbers
+            Code.LABEL,
+            "the structures are not numbered 1, 2, …",
+            where=where,
+            expected="1 … n",
+            got=numbers,
+            remedy="number them without gaps",
         )
     values: NDArray[Any] = label.array
-    if not label.is_label or values.dtype.kind not in "biu" or values.min() < 0 or values.max() > len(numbers):
+    largest = max(value for structure in structures for value in structure.parts)
+    if not label.is_label or values.dtype.kind not in "biu" or values.min() < 0 or values.max() > largest:
         raise MedsegError(
             Code.LABEL,
             "the label map holds values without a structure",
             where=where,
-            expected=f"whole numbers from 0 to {len(numbers)}",
+            expected=f"whole numbers from 0 to {largest}",
             got=f"{values.min()} to {values.max()}, {values.dtype}",
+            remedy="name a structure for each value of the label",
         )
-    return values.astype(np.uint8 if len(numbers) <= 255 else np.uint16)
+    return values.astype(np.uint8 if largest <= 255 else np.uint16)
+
+
+def _one_by_one(values: Any, structures: Sequence[Structure]) -> Any:
+    """Structures that may overlap, each as a mask of its own along a last axis."""
+    array = values if isinstance(values, np.ndarray) else values.array
+    masks = np.stack([np.isin(array, structure.parts) for structure in structures], axis=-1).astype(np.uint8)
+    if isinstance(values, np.ndarray):
+        return masks
+    from highdicom import ChannelDescriptor
+    from highdicom import Volume as HighdicomVolume
+
+    return HighdicomVolume(
+        masks,
+        values.affine,
+        coordinate_system="PATIENT",
+        frame_of_reference_uid=values.frame_of_reference_uid,
+        channels={ChannelDescriptor("SegmentNumber"): [structure.number for structure in structures]},
+    )
 
 
 def _read_headers(source: Sequence[Path]) -> list[Dataset]:
@@ -154,7 +181,14 @@ def _read_headers(source: Sequence[Path]) -> list[Dataset]:
         MedsegError: E_REFERENCE, E_TRUNCATED.
     """
     if not source:
-        raise MedsegError(Code.REFERENCE, "no image to refer to", remedy="give the files of the series")
+        raise MedsegError(
+            Code.REFERENCE,
+            "no image to refer to",
+            where="the source",
+            expected="the files of a series",
+            got="none",
+            remedy="give the files of the series",
+        )
     headers: list[Dataset] = []
     for path in source:
         try:
@@ -170,7 +204,11 @@ def _read_headers(source: Sequence[Path]) -> list[Dataset]:
             ) from error
         if missing:
             raise MedsegError(
-                Code.REFERENCE, "an image that cannot be referred to", where=path.name, expected=", ".join(missing)
+                Code.REFERENCE,
+                "an image that cannot be referred to",
+                where=path.name,
+                expected=", ".join(missing),
+                remedy="export it again",
             )
         for tag in EMPTY_TAGS:
             if tag not in header:
@@ -185,6 +223,7 @@ def _read_headers(source: Sequence[Path]) -> list[Dataset]:
                 where=source[0].name,
                 expected=f"one {tag}",
                 got=f"{len(found)} of them",
+                remedy="give the files of one series",
             )
     return headers
 
@@ -199,7 +238,12 @@ def _in_space(values: NDArray[Any], grid: Grid, headers: list[Dataset], source: 
     if grid.is_picture:
         if values.shape != shape or len(headers) > 1:
             raise MedsegError(
-                Code.GRID, "the label is not of this picture", where=where, expected=shape, got=grid.shape
+                Code.GRID,
+                "the label is not of this picture",
+                where=where,
+                expected=shape,
+                got=grid.shape,
+                remedy="give the picture that the label was drawn on",
             )
         for header in headers:
             header.pop("FrameOfReferenceUID", None)  # nothing can be placed in it without a position
@@ -243,7 +287,11 @@ def _source_planes(source: Sequence[Path], shape: tuple[int, int]) -> list[Plane
         placed = planes_of(read_frames(path, without_preamble=True), shape)
         if placed is None:
             raise MedsegError(
-                Code.NO_GEOMETRY, "an image does not say where it lies", where=path.name, remedy="write NIfTI instead"
+                Code.NO_GEOMETRY,
+                "an image does not say where it lies",
+                where=path.name,
+                expected="ImagePositionPatient and ImageOrientationPatient",
+                remedy="write NIfTI instead",
             )
         planes += placed
     if len(source) > 1 and len(planes) != len(source):

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.dicom import irregular
+from medseg.formats.dicom.archive import ZIP_REMEDY, ZIPS
 from medseg.formats.dicom.files import (
     EMPTY_FILES,
     LINKS,
+    NO_OBJECTS,
     Scan,
     SeriesInfo,
     describe,
@@ -185,7 +187,7 @@ def _no_image(path: Path, found: Scan) -> MedsegError:
     if found.refusals:
         return found.refusals[0][1]
     objects = {**found.others, **({"SEG or RTSTRUCT": len(found.annotations)} if found.annotations else {})}
-    is_dicom = any(kind not in (LINKS, EMPTY_FILES) for kind in objects)
+    is_dicom = any(kind not in NO_OBJECTS for kind in objects)
     return MedsegError(
         Code.UNSUPPORTED if is_dicom else Code.NOT_DICOM,
         "there is no DICOM image here",
@@ -194,6 +196,8 @@ def _no_image(path: Path, found: Scan) -> MedsegError:
         got=", ".join(f"{count} {kind}" for kind, count in objects.items()) or None,
         remedy="links are not followed: give the folder that holds the files themselves"
         if LINKS in objects
+        else ZIP_REMEDY
+        if ZIPS in objects
         else "check the path; files without a preamble are read with --without-preamble",
     )
 
@@ -231,7 +235,14 @@ def _pixels(slices: Sequence[Slice]) -> tuple[NDArray[np.float32], bool]:
 def _plan(stack: Stack) -> irregular.Plan:
     first = stack.first
     if first.orientation is None or first.pixel_spacing_mm is None:  # `arrange` has seen to it
-        raise MedsegError(Code.NO_GEOMETRY, "a slice does not say where it lies", where=first.path.name)
+        raise MedsegError(
+            Code.NO_GEOMETRY,
+            "a slice does not say where it lies",
+            where=first.path.name,
+            expected="ImagePositionPatient and ImageOrientationPatient",
+            got="none",
+            remedy="export the original series again",
+        )
     return irregular.plan_grid(
         first.matrix[::-1],
         stack.positions,

@@ -38,6 +38,14 @@ class Structure:
     """What kind of thing it is (SegmentedPropertyCategory), where the file codes it."""
     color: tuple[int, int, int] | None = None
     """RGB, 0 to 255."""
+    values: tuple[int, ...] = ()
+    """Of a label map that is written: the values that it is made of, some of them perhaps another structure's too; its
+    number if there are none."""
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The values of a label map that it is made of."""
+        return self.values or (self.number,)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medseg.documents import parse_json
 from medseg.formats.label_table import read_cases
 from medseg.labels import TABLE_FILE
 from medseg.reports.html.page import Remark
@@ -61,7 +62,7 @@ def _lines(folder: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:  # cut short by a crash: it counts as not there
                 continue
             if isinstance(line, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from medseg.bundle import BundleInfo, checkpoint_path
+from medseg.data.facts import read_survey
 from medseg.errors import MedsegError
 from medseg.reports.crossvalidation import OPTIMISTIC, CrossValidation
 from medseg.reports.curves import Curve, read_history
@@ -119,7 +119,7 @@ def _pictures(members: Mapping[str, Path], evaluation: Evaluation | CrossValidat
 def _remarks(members: Mapping[str, Path], evaluation: Evaluation | CrossValidation | None) -> list[Remark]:
     """What training left out and noted of its cases, and what the scores do not tell."""
     survey_file = next(iter(members.values())) / SURVEY_FILE
-    survey = json.loads(survey_file.read_text(encoding="utf-8")) if survey_file.is_file() else {}
+    survey = read_survey(survey_file) if survey_file.is_file() else {}
     found = [
         Remark("warning", f"left out of training: {problem['code']} {problem['message']}", [problem["case_id"]])
         for problem in survey.get("quarantine", ())

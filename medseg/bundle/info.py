@@ -1,37 +1,41 @@
-"""A trained model on disk: what it is (`bundle.json`) and its weights (`checkpoints/*.safetensors`).
-
-Everything is JSON or safetensors: opening a stranger's model builds registered parts by name and never runs code.
-"""
+"""What a trained model is, without its weights (`bundle.json`), and the model with them."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from medseg import __version__
+from medseg.bundle.archive import opened
+from medseg.bundle.checkpoint import (
+    check_weights_fit,
+    checkpoint_path,
+    read_checkpoint,
+    weights_in,
+    write_atomically,
+)
 from medseg.data.augment import Mirroring
 from medseg.data.plan import Plan
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
-from medseg.formats.atomic import whole_file
 from medseg.labels import Labels
 from medseg.models import MODELS, SegmentationModel
 
 BUNDLE_FILE = "bundle.json"
 FOLDS_FILE = "folds.json"
 """In a folder of several runs that are the folds of one cross-validation: {"members": […], "finished": [of these]}."""
-CHECKPOINT_FOLDER = "checkpoints"
 BUNDLE_FORMAT = 1
 """Raised when `bundle.json` changes in a way that older code would misread."""
-MODEL_PREFIX = "model."
-"""Names of the model's weights in a checkpoint start with this; the rest is the trainer's."""
+MAX_DESCRIPTION_BYTES = 2**22
+"""Largest `bundle.json` that is read: with a thousand classes it has a hundredth of these 4 MiB."""
+_NOT_BUILT = (RuntimeError, ValueError, TypeError, OverflowError, ArithmeticError, LookupError, AttributeError)
+"""What networks raise for settings that make none."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +102,25 @@ class BundleInfo:
 
     @classmethod
     def read(cls, run: Path) -> BundleInfo:
-        """Read `bundle.json` of a run.
+        """Read `bundle.json` of a run or a bundle; nothing is built yet.
 
         Raises:
-            MedsegError: E_RUN if the folder is no run or its bundle cannot be read.
+            MedsegError: E_RUN if it is no run or its bundle cannot be read; what `opened` refuses; E_CONFIG or E_LABEL
+                for a plan or labels that are none.
         """
-        path = run / BUNDLE_FILE
+        path = opened(run) / BUNDLE_FILE
         if not path.is_file():
             raise MedsegError(
                 Code.RUN,
                 "this is not a run of medseg",
                 where=run,
-                expected=f"a folder with {BUNDLE_FILE}, as medseg train writes it",
+                expected=f"a folder with {BUNDLE_FILE}, as medseg train writes it, or a bundle of medseg export",
                 remedy="give the run's folder: medseg train prints it when it starts and when it ends",
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.stat().st_size > MAX_DESCRIPTION_BYTES:
+                raise ValueError(f"{path.stat().st_size} bytes are too many for a description")
+            content = parse_json(path.read_text(encoding="utf-8"))
             if content["format"] != BUNDLE_FORMAT:
                 raise MedsegError(
                     Code.RUN,
@@ -123,21 +130,29 @@ class BundleInfo:
                     got=f"format {content['format']} of medseg {content.get('medseg')}",
                     remedy="install that version of medseg, or train again",
                 )
-            structures = content.get("structures")
-            return cls(
-                content["model"],
+            model, structures = content["model"], content.get("structures")
+            _check(isinstance(model, dict) and isinstance(model.get("name"), str), "model has no name")
+            _check(_are(str, content["channels"]), "channels are no list of names")
+            _check(_are(int, content["mirror_axes"]), "mirror_axes are no list of axes")
+            _check(isinstance(content.get("modality"), str | None), "modality is no text")
+            info = cls(
+                model,
                 Plan.from_json(content["plan"]),
                 Labels.from_mapping(content["labels"]),
                 tuple(content["channels"]),
                 tuple(content["mirror_axes"]),
                 content.get("modality"),
-                structures and {str(name): tuple(drawn) for name, drawn in structures.items()},
+                structures and {str(name): tuple(map(str, drawn)) for name, drawn in structures.items()},
                 {str(a): str(b) for a, b in content.get("swap", {}).items()},
             )
-        except (ValueError, KeyError, TypeError) as error:
+            dims = info.plan.spatial_dims
+            _check(all(0 <= axis < dims for axis in info.mirror_axes), "mirror_axes are not those of the plan")
+            _check(len(info.channels) == info.plan.num_channels, "the plan has another number of channels")
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise MedsegError(
                 Code.RUN, "the run's description cannot be read", where=path, got=f"{type(error).__name__}: {error}"
             ) from error
+        return info
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,101 +165,45 @@ class Bundle:
     checkpoint: str
 
 
-def checkpoint_path(run: Path, name: str) -> Path:
-    """Where a run keeps its checkpoint `name` ("best" or "latest")."""
-    return run / CHECKPOINT_FOLDER / f"{name}.safetensors"
-
-
 def load_bundle(run: Path, *, checkpoint: str = "best", device: torch.device | str = "cpu") -> Bundle:
-    """Open a trained model.
+    """Open a trained model. Sizes, digests and descriptions are checked before the network is built.
 
     Args:
-        run: the folder that `medseg train` made.
+        run: the folder that `medseg train` made, or what `medseg export` made of it.
         checkpoint: "best" (by validation Dice) or "latest".
         device: where the network goes.
     Raises:
         MedsegError: E_RUN if there is no such run, E_CHECKPOINT if the checkpoint is missing or damaged, E_MODEL if
-            its weights do not fit the network.
+            its weights do not fit the network; what `BundleInfo.read` refuses.
     """
+    run = opened(run)
     info = BundleInfo.read(run)
     path = checkpoint_path(run, checkpoint)
     tensors, _ = read_checkpoint(path)
-    model = info.build_model()
-    load_weights(model, tensors, where=path)
+    weights = weights_in(tensors)
+    try:
+        with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+            # Only shapes: a description that asks for absurd layers is refused before it costs memory. Some of MONAI's
+            # networks compute with numbers while they are built, which the meta device does not have.
+            check_weights_fit(info.build_model(), weights, where=path)
+        model = info.build_model()
+    except _NOT_BUILT as error:
+        raise MedsegError(
+            Code.MODEL,
+            "the network of the description cannot be built",
+            where=run / BUNDLE_FILE,
+            got=f"{type(error).__name__}: {error}",
+            remedy="get the bundle again from its source, or train again",
+        ) from error
+    check_weights_fit(model, weights, where=path)
+    model.load_state_dict(weights)
     return Bundle(info, model.to(device).eval(), run, checkpoint)
 
 
-def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, where: Path) -> None:
-    """Put a checkpoint's weights into a network.
-
-    Raises:
-        MedsegError: E_MODEL with the first names that differ.
-    """
-    weights = {k.removeprefix(MODEL_PREFIX): v for k, v in tensors.items() if k.startswith(MODEL_PREFIX)}
-    expected = model.state_dict()
-    wrong = [name for name in expected if name not in weights or weights[name].shape != expected[name].shape]
-    extra = [name for name in weights if name not in expected]
-    if wrong or extra:
-        raise MedsegError(
-            Code.MODEL,
-            "the checkpoint's weights do not fit the network",
-            where=where,
-            expected=f"{len(expected)} tensors",
-            got=f"missing or of another shape: {wrong[:3] or 'none'}; unknown: {extra[:3] or 'none'}",
-            remedy="use the bundle.json that was written with this checkpoint",
-        )
-    model.load_state_dict(weights)
+def _check(is_true: bool, problem: str) -> None:
+    if not is_true:
+        raise ValueError(problem)
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata as one safetensors file, atomically.
-
-    Args:
-        path: final name.
-        tensors: flat names → tensors.
-        metadata: JSON-able values.
-    """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(plain, metadata={"json": json.dumps(metadata)}))
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `write_checkpoint` wrote.
-
-    Raises:
-        MedsegError: E_CHECKPOINT if the file is missing, cut short or not a checkpoint.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = json.loads((file.metadata() or {})["json"])
-    except FileNotFoundError as error:
-        raise MedsegError(
-            Code.CHECKPOINT,
-            "there is no such checkpoint",
-            where=path,
-            got=", ".join(sorted(p.name for p in path.parent.glob("*.safetensors"))) or "no checkpoint at all",
-            remedy="a run has checkpoints from its first validation on; see medseg predict --checkpoint",
-        ) from error
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise MedsegError(
-            Code.CHECKPOINT,
-            "the checkpoint is damaged: it was cut short, or is no checkpoint",
-            where=path,
-            got=f"{path.stat().st_size if path.exists() else 0} bytes; {error}",
-            remedy="use the run's other checkpoint: --checkpoint latest (or best), or copy the file again",
-        ) from error
-    return tensors, metadata
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its final name only ever holds the whole content, also after a power cut.
-
-    Raises:
-        MedsegError: E_OUTPUT if the operating system refuses.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, path.suffix) as temporary, temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _are(kind: type, values: Sequence[Any]) -> bool:
+    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)

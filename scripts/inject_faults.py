@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Faults of the machine at every write of every verb: nothing partial may be left, and the work must go on.
+
+    python scripts/inject_faults.py                          a full disk at 25 operations of each verb
+    python scripts/inject_faults.py --every 1 --write        at every operation; writes docs/reliability/faults.json
+    python scripts/inject_faults.py --verb predict --at 17   one fault, with all that is said
+
+A disk is full (or read-only, or failing) from the k-th operation on: k-th file that begins, bytes that reach it, folder
+that is made. After each fault the exit status, the message and every file are looked at; then the same is done again
+with room. The other faults (memory, threads, NaN, clocks, cases that vanish, small file systems) are
+tests/test_faults.py, which `--write` runs and counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+FIGURES = ROOT / "docs" / "reliability" / "faults.json"
+PAGE = ROOT / "scripts" / "make_reliability.py"
+"""Writes docs/reliability.md from the figures."""
+CODES = {"a full disk": errno.ENOSPC, "a read-only disk": errno.EROFS, "a failing disk": errno.EIO}
+POINTS = 25
+"""Operations of a verb that are tried unless told."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Inject the faults; the status is 1 where one did harm."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--verb", action="append", dest="verbs", metavar="NAME", help="again for several")
+    parser.add_argument("--every", type=int, help="try each N-th operation; 1: all")
+    parser.add_argument("--at", type=int, help="try this operation only")
+    parser.add_argument("--write", action="store_true", help=f"write {FIGURES.relative_to(ROOT)}")
+    options = parser.parse_args(arguments)
+    sys.path.insert(0, str(TESTS))
+    from faults import SCENARIOS, count, inject, materials
+
+    figures: dict[str, Any] = {"injected": {}, "tests": {}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given = materials(folder / "given")
+        for verb in options.verbs or SCENARIOS:
+            reference = folder / f"reference {verb}"
+            reference.mkdir()
+            total = count(SCENARIOS[verb], reference, given)
+            for fault, code in CODES.items():
+                entry = figures["injected"].setdefault(f"{verb}: {fault}", {"operations": total, "faults": 0})
+                entry |= {"refused": 0, "handled": 0, "harm": []}
+                step = options.every or max(1, total // POINTS)
+                for fails_at in [options.at] if options.at else range(1, total + 1, step):
+                    disk = Path(tempfile.mkdtemp(dir=folder))
+                    outcome = inject(SCENARIOS[verb], disk, given, reference, fails_at, code)
+                    entry["faults"] += 1
+                    entry["refused" if outcome.status else "handled"] += 1
+                    entry["harm"] += [f"operation {fails_at}: {text}" for text in outcome.wrong]
+                    if options.at:
+                        print(outcome.said)
+                print(
+                    f"{verb}: {fault}, {total} operations, {entry['faults']} faults, harm: {entry['harm']}", flush=True
+                )
+                if options.at:
+                    break
+    if options.write:
+        figures["tests"] = counted_tests()
+        FIGURES.parent.mkdir(exist_ok=True)
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        subprocess.run([sys.executable, PAGE], check=True)
+    return 1 if any(entry["harm"] for entry in figures["injected"].values()) else 0
+
+
+def counted_tests() -> dict[str, str]:
+    """Each test of tests/test_faults.py, slow ones too: passed, failed or skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", str(TESTS / "test_faults.py"), f"--junitxml={report}"],
+            cwd=ROOT, check=False,
+        )  # fmt: skip
+        cases = ElementTree.parse(report).iter("testcase")
+        return {
+            case.attrib["name"]: "failed"
+            if case.find("failure") is not None or case.find("error") is not None
+            else "skipped"
+            if case.find("skipped") is not None
+            else "passed"
+            for case in cases
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Kill `medseg train` with SIGKILL again and again, and see that nothing is lost that should not be.
+
+    python scripts/kill_training.py --write      100 kills, about half an hour; writes docs/reliability/kills.json
+    python scripts/kill_training.py --kills 3
+
+A small network is trained on phantoms twice: once straight, once killed at random moments and resumed. After each kill
+a checkpoint must be there that loads; the work that is lost is what the history tells of steps after it. In the end
+both runs must have the same weights, bit for bit. Ends with status 1 where any of this fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from medseg.bundle import checkpoint_path, read_checkpoint
+from medseg.environment import environment
+from medseg.errors import MedsegError
+from medseg.phantom import write_phantoms
+from medseg.training.state import can_resume, read_counters
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "reliability" / "kills.json"
+SAVE_SECONDS = 0.5
+STEPS_PER_VALIDATION = 50
+EARLY = 5
+"""Each so manieth kill comes at any moment since the process began; the others wait for its first step."""
+SETTINGS = (
+    "data.plan.base_width=4",
+    "data.plan.num_stages=2",
+    "data.plan.patch_size=[8,16,16]",
+    "data.plan.batch_size=2",
+    "data.split.num_folds=4",
+    "trainer.device=cpu",
+    "trainer.ema=0.99",
+    "trainer.log_steps=1",
+    "trainer.overlay_cases=0",
+    "trainer.final_predictions=false",
+    "trainer.report=false",
+    f"trainer.save_minutes={SAVE_SECONDS / 60:.6f}",
+)
+
+
+@dataclass
+class Tally:
+    """What the kills did."""
+
+    kills: int = 0
+    before_the_first_step: int = 0
+    during_a_save: int = 0
+    during_a_validation: int = 0
+    fallbacks: int = 0
+    """Resumptions from the previous checkpoint, because the latest one was damaged."""
+    most_lost_steps: int = 0
+    most_lost_seconds: float = 0.0
+    most_over_the_interval_seconds: float = 0.0
+    """How much more was lost than the save interval and the longest step, validation or save of that sitting."""
+    failures: list[str] = field(default_factory=list)
+
+
+def main() -> None:
+    """Train straight, train under fire, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
+    parser.add_argument("--steps-per-kill", type=int, default=60, help="length of the training (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--write", action="store_true", help=f"write {FIGURES.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    steps = arguments.kills * arguments.steps_per_kill
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(Path(folder), arguments.kills, steps, random.Random(arguments.seed))
+    print(json.dumps(results, indent=1))
+    if arguments.write:
+        FIGURES.parent.mkdir(parents=True, exist_ok=True)
+        FIGURES.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    sys.exit(1 if results["failures"] else 0)
+
+
+def measure(folder: Path, kills: int, steps: int, moments: random.Random) -> dict[str, object]:
+    """Both runs and what came of them, as plain values."""
+    data = write_phantoms(folder / "data", num_train=4, size=0.4).train
+    straight, killed = folder / "straight", folder / "killed"
+    begun = time.monotonic()
+    _finish(_start(data, straight, steps))
+    seconds = 60 * read_counters(straight).minutes
+    start_seconds = time.monotonic() - begun - seconds
+    tally = Tally()
+    sitting = Sitting(killed)
+    process = _start(data, killed, steps)
+    while tally.kills < kills:
+        is_early = tally.kills % EARLY == EARLY - 1
+        if not is_early and not _wait_for_step(process, sitting):
+            break
+        if not _kill(process, moments.uniform(0, start_seconds if is_early else 1.2 * seconds / kills)):
+            break
+        judge(sitting, tally)
+        sitting = Sitting(killed)
+        process = _medseg(f"resume={killed}")
+        print(f"\r{tally.kills} kills, step {sitting.saved_step} of {steps} ", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    _finish(process)
+    if tally.kills < kills:
+        tally.failures.append(f"the training was done after {tally.kills} kills: give more --steps-per-kill")
+    for name in ("latest", "best"):
+        if not _same(straight, killed, name):
+            tally.failures.append(f"the {name} weights are not those of the run that was not killed")
+    leftovers = [path.name for path in (killed / "checkpoints").glob(".*")]
+    if leftovers:
+        tally.failures.append(f"{len(leftovers)} temporary files are left")
+    return {
+        "kills": tally.kills,
+        "failures": len(tally.failures),
+        "what_failed": "; ".join(tally.failures) or "nothing",
+        "steps_of_the_training": steps,
+        "same_weights_as_without_kills": "yes" if _same(straight, killed, "latest") else "no",
+        "kills_before_the_first_step_of_a_sitting": tally.before_the_first_step,
+        "kills_during_a_save": tally.during_a_save,
+        "kills_during_a_validation": tally.during_a_validation,
+        "checkpoints_damaged": tally.fallbacks,
+        "save_interval_seconds": SAVE_SECONDS,
+        "most_lost_seconds": round(tally.most_lost_seconds, 2),
+        "most_lost_steps": tally.most_lost_steps,
+        "most_lost_beyond_interval_and_longest_step_seconds": round(tally.most_over_the_interval_seconds, 2),
+        "environment": environment(),
+    }
+
+
+class Sitting:
+    """What a run was like when a process took it up.
+
+    Args:
+        run: its folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.saved_step = read_counters(run).step if can_resume(run) else 0
+        self._history = self._inode()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the process has come to its loop: it then writes the history anew, up to the saved step."""
+        return self._inode() != self._history
+
+    def _inode(self) -> int | None:
+        path = self.run / "history.csv"
+        return path.stat().st_ino if path.exists() else None
+
+
+def judge(sitting: Sitting, tally: Tally) -> None:
+    """Look at what a kill has left, and count it."""
+    run = sitting.run
+    tally.kills += 1
+    saved_step, saved_minutes, is_validating = 0, 0.0, False
+    if can_resume(run):  # else the first interval was not over
+        try:
+            read_checkpoint(checkpoint_path(run, "latest"))
+        except MedsegError:
+            tally.fallbacks += 1
+        try:
+            counters = read_counters(run)
+        except MedsegError as error:
+            tally.failures.append(f"kill {tally.kills}: {error.message}")
+            return
+        saved_step, saved_minutes, is_validating = counters.step, counters.minutes, counters.is_validating
+    if checkpoint_path(run, "best").exists():
+        try:
+            read_checkpoint(checkpoint_path(run, "best"))
+        except MedsegError as error:
+            tally.failures.append(f"kill {tally.kills}: best: {error.message}")
+    rows = [row for row in _history(run) if row["train_loss"]] if sitting.has_begun else []
+    if not rows or int(rows[-1]["step"]) <= sitting.saved_step:
+        tally.before_the_first_step += 1
+        return
+    tally.during_a_save += bool(list((run / "checkpoints").glob(".*")))
+    tally.during_a_validation += is_validating
+    lost = 60 * max(0.0, float(rows[-1]["minutes"]) - saved_minutes)
+    minutes = [saved_minutes, *(float(row["minutes"]) for row in rows if int(row["step"]) > saved_step)]
+    longest = 60 * max((b - a for a, b in itertools.pairwise(minutes)), default=0.0)
+    over = lost - SAVE_SECONDS - longest
+    tally.most_lost_steps = max(tally.most_lost_steps, int(rows[-1]["step"]) - saved_step)
+    tally.most_lost_seconds = max(tally.most_lost_seconds, lost)
+    tally.most_over_the_interval_seconds = max(tally.most_over_the_interval_seconds, over)
+    if over > 0.1:
+        tally.failures.append(f"kill {tally.kills}: {lost:.2f} s were lost, {over:.2f} s more than there should be")
+
+
+def _start(data: Path, run: Path, steps: int) -> subprocess.Popen[bytes]:
+    validations = f"trainer.num_validations={max(2, steps // STEPS_PER_VALIDATION)}"
+    return _medseg(
+        f"data.root='{data}'", f"hydra.run.dir='{run}'", f"trainer.max_steps={steps}", validations, *SETTINGS
+    )
+
+
+def _medseg(*arguments: str) -> subprocess.Popen[bytes]:
+    # One thread: sums in another order are other sums, and the weights are compared bit by bit.
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "medseg", "train", *arguments]
+    return subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _finish(process: subprocess.Popen[bytes]) -> None:
+    _, said = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"medseg train ended with {process.returncode}: {said.decode(errors='replace')[-2000:]}")
+
+
+def _wait_for_step(process: subprocess.Popen[bytes], sitting: Sitting) -> bool:
+    """Wait until a process has done a step of its own; False if it ends before that."""
+    while process.poll() is None:
+        rows = _history(sitting.run) if sitting.has_begun else []
+        if rows and int(rows[-1]["step"]) > sitting.saved_step:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _kill(process: subprocess.Popen[bytes], delay: float) -> bool:
+    """SIGKILL after a while; False if the process has ended by itself."""
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return True
+    return False
+
+
+def _history(run: Path) -> list[dict[str, str]]:
+    """Whole rows of a history, which may be in the middle of being written."""
+    try:
+        with (run / "history.csv").open(newline="", encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n")]
+    except OSError:
+        return []
+    return [row for row in csv.DictReader(lines) if (row["step"] or "").isdecimal()]
+
+
+def _same(first: Path, second: Path, name: str) -> bool:
+    """Whether two runs have the same weights, bit for bit, optimizer and average included."""
+    ours, theirs = (read_checkpoint(checkpoint_path(run, name))[0] for run in (first, second))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""docs/reliability.md from the figures in docs/reliability/*.json, which the programs named there write.
+
+python scripts/make_reliability.py           write the page
+python scripts/make_reliability.py --check   say whether it is up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reliability.md"
+FIGURES = ROOT / "docs" / "reliability"
+NOT_MEASURED = "not measured yet"
+FUZZ = "python scripts/fuzz_readers.py --minutes 60 --write"
+FAULTS = "python scripts/inject_faults.py --every 1 --write"
+KILLS = "python scripts/kill_training.py --write"
+
+HEAD = """\
+# What medseg withstands
+
+Made by `python scripts/make_reliability.py` from the figures in `docs/reliability/`; the command of each row makes its
+figures again. A short form of each runs with the tests (`tests/test_fuzz.py`, `tests/test_faults.py`,
+`tests/test_privacy.py`).
+"""
+MEANING = """\
+## What the rows mean
+
+- **Damaged inputs**: valid files of each format are damaged (bits, fields, elements, tables, members of archives;
+  packed and checksummed again where the format does that) and read by everything that reads them, in a process with a
+  limit of memory and a limit of time for each input. A failure is anything that comes out but a refusal with a code: an
+  exception of another kind, too much memory, too much time, the end of the process. Failures that were mended are
+  counted beside those that are open. An input follows from its number:
+  `python scripts/fuzz_readers.py --repeat FORMAT NUMBER`.
+- **Injected faults**: from the k-th operation on, the disk takes nothing any more. *Refused*: the verb ended with a
+  status other than 0 and a message with a code; *handled*: it ended well all the same. Harm would be a file under its
+  final name that is not whole, a temporary file left behind, a message without a code, success without the outputs,
+  work that cannot go on, or results that differ from those without the fault.
+- **Kills**: `medseg train` ended by SIGKILL at random times; each time a checkpoint must load, and no more may be lost
+  than was done since the last save.
+- What is written line by line may end anywhere after a crash, and is read accordingly: `train.log`, event files of
+  TensorBoard, `history.csv` (rows after the checkpoint are dropped on resume) and `predictions.jsonl` (a line that was
+  cut counts as not there).
+"""
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = page(FIGURES)
+    if options.check:
+        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+        print("up to date" if same else "docs/reliability.md is old: python scripts/make_reliability.py")
+        return 0 if same else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+def page(figures: Path) -> str:
+    """The page of the figures in a folder."""
+    fuzz, faults, kills = (read(figures / f"{name}.json") for name in ("fuzz", "faults", "kills"))
+    sections = [HEAD, summary(fuzz, faults, kills), fuzz_table(fuzz), fault_tables(faults), kill_table(kills), MEANING]
+    return "\n".join(section for section in sections if section)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The figures of one program; None where it did not run yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def summary(fuzz: dict[str, Any] | None, faults: dict[str, Any] | None, kills: dict[str, Any] | None) -> str:
+    """One row for each kind of harm."""
+    tried = failed = NOT_MEASURED
+    if fuzz is not None:
+        tried = f"{sum(entry['inputs'] for entry in fuzz.values()):,} in {len(fuzz)} formats"
+        failed = str(sum(len(entry["failures"]) for entry in fuzz.values()))
+    rows: list[list[object]] = [["damaged inputs read", tried, failed, f"`{FUZZ}`"]]
+    tried = failed = NOT_MEASURED
+    if faults is not None:
+        tried = f"{sum(entry['faults'] for entry in faults['injected'].values()):,}"
+        failed = str(sum(len(entry["harm"]) for entry in faults["injected"].values()))
+    rows.append(["disks full, read-only or failing", tried, failed, f"`{FAULTS}`"])
+    tried = failed = NOT_MEASURED
+    if faults is not None and faults["tests"]:
+        results = list(faults["tests"].values())
+        tried, failed = str(len(results) - results.count("skipped")), str(results.count("failed"))
+    rows.append(["tests of other faults", tried, failed, "`python -m pytest tests/test_faults.py`"])
+    if kills is None:
+        rows.append(["kills of a training", NOT_MEASURED, NOT_MEASURED, f"`{KILLS}`"])
+    else:
+        rows.append(["kills of a training", kills["kills"], kills["failures"], f"`{KILLS}`"])
+    return table(["what", "tried", "did harm", "again by"], rows)
+
+
+def fuzz_table(fuzz: dict[str, Any] | None) -> str:
+    """Damaged inputs by format."""
+    if fuzz is None:
+        return ""
+    rows: list[list[object]] = [
+        [name, f"{e['inputs']:,}", len(e["failures"]), e["mended"], f"{e['peak_mb']} MB", f"{e['slowest_s']:.2f} s"]
+        for name, e in sorted(fuzz.items())
+    ]
+    header = ["format", "inputs", "open failures", "found and mended", "most memory taken", "slowest, processor time"]
+    return "## Damaged inputs\n\n" + table(header, rows)
+
+
+def fault_tables(faults: dict[str, Any] | None) -> str:
+    """Injected faults by verb, and the tests by their names."""
+    if faults is None:
+        return ""
+    rows: list[list[object]] = [
+        [name, e["operations"], e["faults"], e["refused"], e["handled"], len(e["harm"])]
+        for name, e in faults["injected"].items()
+    ]
+    text = "## Injected faults\n\n" + table(["fault", "operations", "faults", "refused", "handled", "did harm"], rows)
+    if faults["tests"]:
+        named = [[f"`{name}`", result] for name, result in faults["tests"].items()]
+        text += "\n" + table(["test", "result"], named)
+    return text
+
+
+def kill_table(kills: dict[str, Any] | None) -> str:
+    """What scripts/kill_training.py wrote, as it stands there."""
+    if kills is None:
+        return ""
+    rows: list[list[object]] = [
+        [name.replace("_", " "), value] for name, value in kills.items() if isinstance(value, (int, float, str))
+    ]
+    return "## Kills\n\n" + table(["figure", "value"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
