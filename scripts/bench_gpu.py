@@ -373,7 +373,7 @@ def step_rows(results: dict[str, Any]) -> list[str]:
         for row in of_network["rows"]:
             step, loop = min(row["step"]), median(row["loop"])
             share = "" if peak is None else f"{count / step / peak:.1%}"
-            augmentation = f"{median(row['augmentation']) / loop:.1%}" if "augmentation" in row else ""
+            augmentation = f"{median(row['augmentation']) / step:.1%}" if "augmentation" in row else ""
             ratio = f"{min(theirs) / step:.2f}" if theirs and row["side"] == "medseg" else ""
             compiled = "compiled" if row["compiled"] == "on" else "not compiled"
             cells = (name, f"{row['side']}, {row['precision']}, {compiled}", f"{1e3 * step:.2f}", ratio,
@@ -399,7 +399,7 @@ def page(results: dict[str, Any]) -> str:
             "## Training",
             "",
             "| network | | step, ms | nnU-Net's better step ÷ this | loop, ms a step | samples/s in the loop "
-            "| share of the bf16 peak | augmentation's share of the loop | first step, s |",
+            "| share of the bf16 peak | augmentation ÷ step | first step, s |",
             "|---|---|---|---|---|---|---|---|---|",
             *step_rows(results),
             "",

@@ -6,8 +6,8 @@
     python scripts/bench_hippocampus.py --minutes 90 --only medseg ours for 90 minutes
     python scripts/bench_hippocampus.py --minutes 30 --write       and writes docs/benchmarks/hippocampus.md and .json
 
-The split is by block of ids: those below 250 train, the rest test and are seen by nobody before the end (both sides of
-a person's brain have neighbouring ids). Both see the same files and cores. The clock of each runs over its training
+The split is by block of ids: those below 250 train, the rest test and are not seen by the trainings (both sides of a
+person's brain have neighbouring ids). Both see the same files and cores. The clock of each runs over its training
 loop alone; validation during training counts, planning and preprocessing do not. nnU-Net gets what it would not have by
 itself: its learning rate falls to zero at the end of the budget instead of after 1000 epochs, no step is spent on its
 pseudo-validation, and all cases train (medseg keeps a tenth to choose its checkpoint). Its prediction is its default,
@@ -164,7 +164,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"Made by `python scripts/bench_hippocampus.py --write`: ids below {FIRST_TEST_ID} train, the"
         f" {results['num_test']} others test. The head of the script says what each clock counts and what nnU-Net is",
-        "given. One run each.",
+        "given. One run each; [README.md](README.md) says what was tried before, on the same test cases.",
         "",
         "| minutes | | steps | mean Dice | per class | bar |",
         "|---|---|---|---|---|---|",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import stat
 import struct
 import subprocess
@@ -137,6 +138,41 @@ print(folder, flush=True)
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (end == ""), done.stderr
     assert done.stdout.strip().startswith(str(place))
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("becomes", ["", "ImportError('initialization failed')"])
+def test_removed_when_the_program_is_terminated(tmp_path: Path, becomes: str) -> None:
+    """SIGTERM, as schedulers and `docker stop` send it, while a verb works on what it has unpacked.
+
+    Compiled modules make another exception of SystemExit while they are imported.
+    """
+    path = make(tmp_path / "a.zip", {"a.dcm": CONTENT})
+    script = f"""
+import time
+from pathlib import Path
+from medseg.cli import cli, main
+from medseg.formats.dicom.archive import unpacked
+@cli.command("work")
+def work():
+    try:
+        print(unpacked(Path({str(path)!r})), flush=True)
+        time.sleep(60)
+    except SystemExit:
+        raise {becomes}
+main(["work"])
+"""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    environment = {**os.environ, "TMPDIR": str(place)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert (folder / "a.dcm").is_file() and folder.is_relative_to(place)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
     assert list(place.iterdir()) == []
 
 

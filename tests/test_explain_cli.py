@@ -49,6 +49,18 @@ def test_what_is_about_a_model(tiny_run, tmp_path):
         assert is_about_model([str(path)]) is expected
 
 
+def test_what_is_no_path_and_what_is_damaged_is_not_about_a_model(tmp_path):
+    damaged = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(damaged, "w") as archive:
+        archive.writestr("bundle.json", "{}" * 200)
+    content = bytearray(damaged.read_bytes())
+    content[content.index(b"PK\x01\x02")] = 0  # the table of contents, not the record at the end
+    damaged.write_bytes(content)
+    assert zipfile.is_zipfile(damaged)
+    table = "{" + ", ".join(f"structure_{i}: {i}" for i in range(40)) + "}"
+    assert not is_about_model([str(tmp_path), "--labels", table, str(damaged)])
+
+
 def test_a_configuration_as_json(capsys):
     inspect("model=unet", "model.widths=[4,8,8]", "model.skip=add", "--size", "32x64", "--classes", 5, "--json")
     content = json.loads(capsys.readouterr().out)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import stat
@@ -23,7 +25,7 @@ from medseg.config import compose
 from medseg.errors import MedsegError
 from medseg.formats import open_label
 from medseg.inference.ensemble import Ensemble
-from medseg.inference.members import configurations_of, write_ensemble
+from medseg.inference.members import configurations_of, digest_of, write_ensemble
 from medseg.inference.packing import export_bundle
 from medseg.inference.verification import Status, verify
 
@@ -217,6 +219,14 @@ def _absurd(content: dict[str, Any]) -> None:
     content["model"]["widths"] = [2**20 for _ in content["model"]["widths"]]
 
 
+def _endless(content: dict[str, Any]) -> None:
+    content["model"]["num_convolutions"] = 100_000
+
+
+def _beyond_memory(content: dict[str, Any]) -> None:
+    content["model"]["num_convolutions"] = 10**18
+
+
 def _nameless(content: dict[str, Any]) -> None:
     content["model"] = ["os.system"]
 
@@ -236,6 +246,8 @@ def _channels(content: dict[str, Any]) -> None:
         (_network, "E_NAME"),
         (_target, "E_CONFIG"),
         (_absurd, "E_MODEL"),
+        (_endless, "(?s)E_MODEL.*layers and parameters"),
+        (_beyond_memory, "(?s)E_MODEL.*MemoryError"),
         (_nameless, "E_RUN"),
         (_axes, "E_RUN"),
         (_channels, "E_RUN"),
@@ -310,6 +322,34 @@ def test_s3_links_in_a_folder_and_runs_elsewhere(tiny_run, folder: Path, tmp_pat
         configurations_of(folder)
 
 
+def test_s3_folds_outside_of_their_run(tiny_run, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run.run, tmp_path / "m", ignore=shutil.ignore_patterns("tensorboard"))
+    shutil.copytree(tmp_path / "m", tmp_path / "run" / "m")
+    (tmp_path / "out").mkdir()
+    for name in ("../m", str(tmp_path / "m")):
+        (tmp_path / "run" / "folds.json").write_text(json.dumps({"members": [name]}))
+        with pytest.raises(MedsegError, match=r"(?s)E_RUN.*folds outside of their run"):
+            export_bundle(tmp_path / "run", tmp_path / "out" / "model")
+    for name in ("../run/m", str(tmp_path / "run" / "m")):  # names of what is inside after all
+        (tmp_path / "run" / "folds.json").write_text(json.dumps({"members": [name]}))
+        export_bundle(tmp_path / "run", tmp_path / "out" / "model", overwrite=True)
+        assert list((tmp_path / "out").iterdir()) == [tmp_path / "out" / "model"]
+        assert verify(tmp_path / "out" / "model").is_ok and load_bundle(tmp_path / "out" / "model" / "m")
+
+
+def test_an_ensemble_that_names_its_runs_absolutely(tiny_run, tmp_path: Path) -> None:
+    member = {"run": str(tiny_run.run), "digest": digest_of(tiny_run.run)}
+    for runs, is_refused in (([{"run": str(tiny_run.run), "members": [member]}], False),
+                             ([{"run": "elsewhere", "members": [member]}], True)):  # fmt: skip
+        (tmp_path / "ensemble.json").write_text(json.dumps({"format": 1, "runs": runs}))
+        if is_refused:
+            with pytest.raises(MedsegError, match=r"(?s)E_RUN.*folds outside of their run"):
+                export_bundle(tmp_path, tmp_path / "model.zip")
+        else:
+            (finding,) = verify(tmp_path).findings
+            assert finding.status is Status.OK and (tmp_path / finding.name).resolve() == tiny_run.run.resolve()
+
+
 def test_every_byte_of_a_bundle_counts(folder: Path, tmp_path: Path) -> None:
     for name in ("bundle.json", "checkpoints/best.safetensors", "postprocessing.json"):
         path = folder / name
@@ -370,6 +410,24 @@ def test_verify_a_run(tiny_run, tmp_path: Path, capsys) -> None:
     assert unfinished.kind == "unfinished run" and wrong == {"checkpoints/latest.safetensors"}
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_verify_reads_plain_files_of_the_folder_only(tmp_path: Path) -> None:
+    """Each of these would be read for ever."""
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    (tmp_path / "outside").write_bytes(b"")
+    (folder / "inside").write_bytes(b"")
+    (folder / "zeros").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe")
+    names = ["/dev/zero", "../outside", str(tmp_path / "outside"), "zeros", "pipe", "", "a\0b", "inside"]
+    empty = hashlib.sha256(b"").hexdigest()
+    line = {"case": "a", "session": "s", "input": None, "files": dict.fromkeys(names, empty), "notes": []}
+    (folder / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+    findings = {finding.name: finding for finding in verify(folder).findings}
+    assert [name for name in names if findings[name].status is Status.OK] == ["inside"]
+    assert {name for name in names if "leads out" in findings[name].detail} == set(names[:3])
+
+
 def test_verify_a_bundle_and_nothing(packed: Path, folder: Path, tmp_path: Path) -> None:
     assert verify(packed).is_ok and verify(folder).is_ok and verify(packed).kind == "bundle"
     (folder / "more.md").write_text("added")
@@ -386,7 +444,7 @@ def test_a_run_that_goes_on_has_no_manifest_until_it_is_done(
     run(tiny_run.data, tmp_path / "run", "trainer.max_steps=1", "trainer.num_validations=1")
     assert verify(tmp_path / "run").is_ok
     with monkeypatch.context() as patch:
-        patch.setattr("medseg.training.train._train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("medseg.training.loop.Loop.train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tiny_run.data, tmp_path / "run", "trainer.max_steps=2", f"resume='{tmp_path / 'run'}'")
     assert not (tmp_path / "run" / MANIFEST_FILE).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from medseg.errors import Code, MedsegError
 from medseg.models import MODELS
+from medseg.models.monai import NETWORKS
 from medseg.models.stages import resolve_stages
 from medseg.registry import make_config
 
@@ -298,6 +300,7 @@ def test_monai_divisors():
         ("SegResNet", {"init_filter": 8}, Code.CONFIG, "init_filters"),
         ("SegResNet", {"in_channels": 8}, Code.CONFIG, "leave it out"),
         ("UNet", {"channels": [4, 8]}, Code.CONFIG, "strides"),
+        ("FlexibleUNet", {"backbone": "efficientnet-b0", "pretrained": True}, Code.CONFIG, "download"),
         ("UNet", {"channels": [4], "strides": []}, Code.MODEL, "channels"),
         ("UNet", {"channels": [4, 8], "strides": [2], "act": "nothing"}, Code.MODEL, "nothing"),
     ],
@@ -306,6 +309,16 @@ def test_monai_refusals(network, arguments, code, message):
     with pytest.raises(MedsegError, match=message) as refusal:
         monai(network, **arguments)
     assert refusal.value.code == code
+
+
+def test_what_makes_monai_download_is_known():
+    """A new version of MONAI may have more arguments that do."""
+    import monai.networks.nets as nets
+
+    downloading = ("pretrain", "weight", "download", "url", "progress")
+    names = {name for network in NETWORKS for name in inspect.signature(getattr(nets, network)).parameters}
+    assert {name for name in names if any(part in name for part in downloading)} == {"pretrained"}
+    assert inspect.signature(nets.FlexibleUNet).parameters["pretrained"].default is False
 
 
 def test_monai_refuses_a_size_with_the_nearest():

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
-from test_training import history, run
+from test_training import TINY, history, run
 from torch import nn
 
-from medseg.bundle import checkpoint_path, read_checkpoint
+from medseg.bundle import MANIFEST_FILE, checkpoint_path, read_checkpoint
+from medseg.cli import main
 from medseg.config import resumed
 from medseg.data.sampling import PatchSampler
 from medseg.errors import MedsegError
@@ -102,8 +103,10 @@ def interrupted(data: Path, folder: Path, settings: tuple[str, ...], at: int, er
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "train_step", step_and_end)
-        with pytest.raises(error):
+        with pytest.raises(error) as ended:
             run(data, folder, *settings)
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 143
 
 
 @pytest.mark.parametrize("error", [SystemExit, Killed])
@@ -293,9 +296,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     monkeypatch.setattr(PatchSampler, "batch", batch)
 
 
-def test_a_loss_that_is_not_finite_may_be_left_out(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("normalisation", ["instance", "batch"])
+def test_a_loss_that_is_not_finite_may_be_left_out(
+    tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalisation: str
+) -> None:
+    """A batch normalisation has taken the NaN into its running statistics before the loss is known."""
     spoil(monkeypatch, range(1, 2))
     settings = ("trainer.max_steps=4", "trainer.num_validations=1", "trainer.ema=0.9")
+    settings += (f"model.normalisation={normalisation}",)
     with pytest.raises(MedsegError, match="E_NAN_LOSS"):
         run(tiny_run.data, tmp_path / "stops", *settings)
     assert not (tmp_path / "stops" / "checkpoints").exists()  # it never becomes the best, nor the latest
@@ -305,6 +313,8 @@ def test_a_loss_that_is_not_finite_may_be_left_out(tiny_run, tmp_path: Path, mon
     for name in ("latest", "best"):
         tensors, _ = read_checkpoint(checkpoint_path(tmp_path / "goes_on", name))
         assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+        counted = {int(v) for k, v in tensors.items() if k.endswith("num_batches_tracked")}
+        assert counted == ({3} if normalisation == "batch" else set())
     assert [r["step"] for r in history(tmp_path / "goes_on") if r["train_loss"]] == ["1", "3", "4"]
 
 
@@ -313,6 +323,70 @@ def test_leaving_out_has_an_end(tiny_run, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(loop, "MAX_LEFT_OUT", 3)
     with pytest.raises(MedsegError, match=r"(?s)E_NAN_LOSS: the training loss was not finite 3 times in a row.*step 3"):
         run(tiny_run.data, tmp_path / "run", "trainer.max_steps=40", "trainer.on_nan_loss=skip")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_where_a_run_lies_is_said_but_not_logged(
+    tiny_run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """Folders may be named for patients. And under `medseg` too the loop's own handler stops at a step and saves."""
+    folder = tmp_path / "Patient_Name [1]" / "run"
+    settings = (*TINY, f"data.root='{tiny_run.data}'", "trainer.max_steps=4", f"hydra.run.dir='{folder}'")
+    original = Loop.train_step
+
+    def ask_to_stop(self: Loop, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return original(self, step, image, label)
+
+    monkeypatch.setattr(Loop, "train_step", ask_to_stop)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *settings])
+    assert ended.value.code == code and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert read_counters(folder).step == 2
+    assert f"resume={folder}" in capsys.readouterr().out.replace("'", "")
+    log = (folder / "train.log").read_text()
+    assert f"stopped by {number.name} at step 2" in log and "Patient_Name" not in log
+
+
+def test_a_run_that_cannot_go_on_keeps_its_manifest(tiny_run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = ("trainer.max_steps=1", "trainer.num_validations=1")
+    run(tiny_run.data, folder, *settings)
+    before = (folder / MANIFEST_FILE).read_bytes()
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with pytest.raises(MedsegError):
+        run(gone, folder, *settings, f"resume='{folder}'")
+    assert (folder / MANIFEST_FILE).read_bytes() == before
+    for name in ("latest", "previous"):
+        checkpoint_path(folder, name).write_bytes(b"damaged")
+    with pytest.raises(MedsegError, match="E_CHECKPOINT"):
+        run(tiny_run.data, folder, *settings, f"resume='{folder}'")
+    assert (folder / MANIFEST_FILE).read_bytes() == before
+
+
+def test_folds_whose_conclusion_is_cut_short_have_no_manifest(
+    tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No fold is left to train, but what all of them say together is written anew."""
+    folder = tmp_path / "run"
+    settings = ("trainer.max_steps=1", "trainer.num_validations=1", "data.split.num_folds=2", "folds=all")
+    run(tiny_run.data, folder, *settings)
+    assert (folder / MANIFEST_FILE).is_file()
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("medseg.training.train.conclude_folds", die)
+    with pytest.raises(Killed):
+        go_on(folder)
+    assert not (folder / MANIFEST_FILE).exists()
 
 
 def test_rows_that_were_cut_short_are_none(tmp_path: Path) -> None:

@@ -401,3 +401,19 @@ def test_a_class_in_fewer_cases_than_folds_does_not_cut_blocks_in_vain(monkeypat
     monkeypatch.setattr(blocks, "deal", lambda *a: calls.append(a) or deal(*a))
     _, num_blocks = blocks.folds_of_blocks(ids, {}, traits, 5, 0)
     assert (num_blocks, len(calls)) == (5, 1)
+
+
+@pytest.mark.parametrize("num_known", [30, 199])
+def test_patients_whose_cases_lie_far_apart_do_not_make_one_block_of_all(num_known: int) -> None:
+    """Merging blocks that share a patient would leave one of nearly all cases."""
+    from medseg.data.blocks import folds_of_blocks
+    from medseg.data.stratify import Traits
+
+    ids = [f"c{i:03d}" for i in range(200)]
+    order = np.random.default_rng(0).permutation(200)
+    patients = {ids[k]: f"p{rank // 2}" for rank, k in enumerate(order[:num_known])}
+    folds, _ = folds_of_blocks(ids, patients, Traits(), 5, 0)
+    assert sorted(i for fold in folds for i in fold) == ids
+    assert all(30 <= len(fold) <= 50 for fold in folds)
+    for patient in set(patients.values()):
+        assert sum(any(patients.get(i) == patient for i in fold) for fold in folds) == 1

@@ -122,8 +122,10 @@ def test_resume_goes_on_as_if_nothing_had_happened(tiny_run, tmp_path: Path, sig
             return original(self, step, image, label)
 
         patch.setattr(Loop, "train_step", ask_to_stop)
-        with pytest.raises(KeyboardInterrupt if signal_ == signal.SIGINT else SystemExit):
+        with pytest.raises(KeyboardInterrupt if signal_ == signal.SIGINT else SystemExit) as ended:
             run(tiny_run.data, interrupted, *settings, "trainer.max_steps=6")
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 143
     assert [int(r["step"]) for r in history(interrupted)][-1] == 3
     result = run(tiny_run.data, interrupted, *settings, "trainer.max_steps=6", f"resume='{interrupted}'")
     assert result.steps == 6
@@ -261,18 +263,25 @@ def test_without_overlays_and_out_of_patience(tiny_run, tmp_path: Path) -> None:
     assert all(torch.equal(best[k], v) for k, v in weights(tmp_path / "run", "best").items())
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spoilt", ["weights", "statistics", "average"])
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoilt: str
+) -> None:
     """The loss is that of before the update: it can be finite where the weights are not any more."""
     original = Loop.train_step
 
     def spoiled(self: Loop, step: int, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         loss = original(self, step, image, label)
-        next(self.model.parameters()).data.fill_(math.nan)
+        assert self.average is not None
+        average = {k: v for k, v in self.average.weights().items() if v.is_floating_point()}
+        statistics = {k: v for k, v in self.model.state_dict().items() if k.endswith("running_var")}
+        places = {"weights": dict(self.model.named_parameters()), "statistics": statistics, "average": average}
+        next(iter(places[spoilt].values())).data.fill_(math.nan)
         return loss
 
     monkeypatch.setattr("medseg.training.loop.Loop.train_step", spoiled)
     with pytest.raises(MedsegError, match=r"(?s)E_NAN_LOSS.*weights are not finite.*step 1"):
-        run(tiny_run.data, tmp_path / "run", "trainer.max_steps=1")
+        run(tiny_run.data, tmp_path / "run", "trainer.max_steps=1", "trainer.ema=0.9", "model.normalisation=batch")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from medseg import __version__
 from medseg.bundle.archive import opened
@@ -34,7 +39,12 @@ BUNDLE_FORMAT = 1
 """Raised when `bundle.json` changes in a way that older code would misread."""
 MAX_DESCRIPTION_BYTES = 2**22
 """Largest `bundle.json` that is read: with a thousand classes it has a hundredth of these 4 MiB."""
-_NOT_BUILT = (RuntimeError, ValueError, TypeError, OverflowError, ArithmeticError, LookupError, AttributeError)
+PARTS_PER_WEIGHT = 20
+"""A network has this many layers and parameters for each tensor of its checkpoint at most: those of this toolkit and of
+MONAI have two to eight, built twice …"""
+MORE_PARTS = 1000
+"""… and this many more."""
+_NOT_BUILT = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError)
 """What networks raise for settings that make none."""
 
 
@@ -182,11 +192,12 @@ def load_bundle(run: Path, *, checkpoint: str = "best", device: torch.device | s
     tensors, _ = read_checkpoint(path)
     weights = weights_in(tensors)
     try:
-        with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-            # Only shapes: a description that asks for absurd layers is refused before it costs memory. Some of MONAI's
-            # networks compute with numbers while they are built, which the meta device does not have.
-            check_weights_fit(info.build_model(), weights, where=path)
-        model = info.build_model()
+        with _at_most(PARTS_PER_WEIGHT * len(weights) + MORE_PARTS):
+            with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+                # Only shapes: a description that asks for absurd layers is refused before it costs memory. Some of
+                # MONAI's networks compute with numbers while they are built, which the meta device does not have.
+                check_weights_fit(info.build_model(), weights, where=path)
+            model = info.build_model()
     except _NOT_BUILT as error:
         raise MedsegError(
             Code.MODEL,
@@ -198,6 +209,33 @@ def load_bundle(run: Path, *, checkpoint: str = "best", device: torch.device | s
     check_weights_fit(model, weights, where=path)
     model.load_state_dict(weights)
     return Bundle(info, model.to(device).eval(), run, checkpoint)
+
+
+@contextmanager
+def _at_most(most: int) -> Iterator[None]:
+    """Stop networks that this thread builds once they have more layers and parameters in all.
+
+    Raises:
+        ValueError: from where the network is built.
+    """
+    builder, count = threading.get_ident(), 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        if threading.get_ident() == builder:
+            count += 1
+            if count > most:
+                raise ValueError(f"it has more than {most} layers and parameters, which its weights are too few for")
+
+    hooks = (
+        register_module_module_registration_hook(counted),
+        register_module_parameter_registration_hook(counted),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check(is_true: bool, problem: str) -> None:

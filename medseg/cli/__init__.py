@@ -6,8 +6,12 @@ A new verb is a module with a click command, whose function imports what it need
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import click
 
@@ -29,6 +33,7 @@ VERBS = (inspect, convert, plan, train, select, export, predict, evaluate, compa
 """In the order of use."""
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 HELP = """From a folder of medical scans to a trained, validated, usable segmentation model.
 
@@ -69,7 +74,38 @@ for verb in VERBS:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: run a verb; refusals become a message and exit status 2."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with _sigterm_unwinds():
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """While the block runs SIGTERM ends the program as an exception does: what archives were unpacked to is removed.
+
+    Outside the main thread Python takes no signal handlers, and one that the caller has set stays.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    received: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise SystemExit(EXIT_TERMINATED)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except BaseException as error:
+        if received:  # within the import of a compiled module SystemExit becomes an ImportError
+            raise SystemExit(EXIT_TERMINATED) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(arguments: list[str]) -> None:
     try:
         if arguments[:1] == ["-sc"]:
             _complete(arguments)

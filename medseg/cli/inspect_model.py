@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from medseg.cli.reading import reading_options
+from medseg.errors import MedsegError
 
 if TYPE_CHECKING:
     from medseg.explain.subject import Subject
@@ -30,14 +30,16 @@ def is_about_model(arguments: Sequence[str]) -> bool:
 
 
 def _holds_model(path: Path) -> bool:
-    if path.is_dir():
-        return any((path / name).is_file() for name in (*RUN_FILES, PLAN_FILE))
-    if path.name == PLAN_FILE:
-        return path.is_file()
-    if path.suffix.lower() != ".zip" or not zipfile.is_zipfile(path):
+    from medseg.formats.dicom.archive import is_zip, listed
+
+    try:
+        if path.is_dir():
+            return any((path / name).is_file() for name in (*RUN_FILES, PLAN_FILE))
+        if path.name == PLAN_FILE:
+            return path.is_file()
+        return is_zip(path) and any(PurePosixPath(name) in listed(path) for name in RUN_FILES)
+    except (OSError, ValueError, MedsegError):  # an option's value that is no path, a damaged zip: not a model
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name in RUN_FILES for name in archive.namelist())
 
 
 class OfDataOrModel(click.Command):

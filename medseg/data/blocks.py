@@ -11,6 +11,9 @@ from medseg.data.stratify import Traits, deal, fewest_lacking
 MIN_BLOCK = 3
 """Fewest neighbours in a block, on average: of smaller blocks every case would lie at a border."""
 
+LARGEST_FOLD = 1.25
+"""Cases of the largest fold, in even shares, where known patients join blocks."""
+
 
 def folds_of_blocks(
     ids: Sequence[str], patients: Mapping[str, str], traits: Traits, num_folds: int, seed: int
@@ -18,7 +21,8 @@ def folds_of_blocks(
     """Folds of the largest blocks that leave no more classes and strata out of folds than smaller ones do.
 
     No block ends within a run of one known patient's cases, and blocks that share a patient become one. Where that
-    leaves fewer than there are folds, blocks are smaller.
+    leaves too few blocks, or folds of very different sizes (a patient's cases lie far apart), the cases of each known
+    patient are dealt by themselves, and the other cases in blocks.
 
     Args:
         ids: of the cases, sorted.
@@ -36,11 +40,30 @@ def folds_of_blocks(
         blocks = _merged([[i for k in part for i in runs[k]] for part in parts], patients)
         folds, lacking = deal(blocks, traits, num_folds, seed)
         too_few = max(num_folds - len(blocks), 0)
-        tries.append((too_few, lacking, len(blocks), folds))
-        if lacking <= fewest and not too_few:
+        too_large = bool(patients) and max(map(len, folds)) > LARGEST_FOLD * len(ids) / num_folds
+        tries.append((too_few + too_large, lacking, len(blocks), folds))
+        if lacking <= fewest and not too_few and not too_large:
             break
-    _, _, num_blocks, best = min(tries, key=lambda found: found[:3])
+    uneven, _, num_blocks, best = min(tries, key=lambda found: found[:3])
+    if patients and uneven:
+        return _apart(ids, patients, traits, num_folds, seed)
     return best, num_blocks
+
+
+def _apart(
+    ids: Sequence[str], patients: Mapping[str, str], traits: Traits, num_folds: int, seed: int
+) -> tuple[list[tuple[str, ...]], int]:
+    """The cases of each known patient dealt apart from blocks of the others, so that folds are of like size."""
+    of_patient: dict[str, list[str]] = {}
+    for case_id in ids:
+        if case_id in patients:
+            of_patient.setdefault(patients[case_id], []).append(case_id)
+    others = [case_id for case_id in ids if case_id not in patients]
+    blocks = [[others[i] for i in part] for part in np.array_split(np.arange(len(others)), num_folds) if len(part)]
+    known, _ = deal(list(of_patient.values()), traits, num_folds, seed)
+    unknown, _ = deal(blocks, traits, num_folds, seed)
+    folds = [tuple(sorted((*a, *b))) for a, b in zip(known, reversed(unknown), strict=True)]
+    return folds, len(of_patient) + len(blocks)
 
 
 def _runs(ids: Sequence[str], patients: Mapping[str, str]) -> list[list[str]]:

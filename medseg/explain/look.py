@@ -267,6 +267,8 @@ def _saliencies(
         return ["no saliency: the network sees no class here; --at or --class may change that"]
     stages = _stages_with_maps(table)
     # The last stage before the scores; see `grad_cam` for why not the coarsest
+    if not wanted.layers and not stages:
+        return ["no saliency: no stage of this network gives maps whose places are known; name a layer with --layer"]
     layer = wanted.layers[-1] if wanted.layers else stages[-2:][0]
     sizes = [max(1, math.ceil(max(subject.size) / OCCLUSION_WINDOWS))] * len(subject.size)
     window = [min(n, 2 * s) for n, s in zip(subject.size, sizes, strict=True)]

@@ -100,6 +100,10 @@ def configurations_of(folder: Path) -> tuple[Configuration, ...]:
         runs = [member.run.resolve() for configuration in found for member in configuration.members]
         if is_bundle(folder) and not all(run.is_relative_to(folder.resolve()) for run in runs):
             raise ValueError("it names runs outside of the bundle")
+        for configuration in found:
+            home = configuration.folder.resolve()
+            if not all(member.run.resolve().is_relative_to(home) for member in configuration.members):
+                raise ValueError("it names folds outside of their run")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MedsegError(
             Code.RUN,

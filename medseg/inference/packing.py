@@ -94,7 +94,8 @@ def _stage(run: Path, configurations: Sequence[Configuration], staged: Path) -> 
     known = _trainings(run)
     if not (run / ENSEMBLE_FILE).is_file():
         (configuration,) = configurations
-        names = [member.run.relative_to(run).as_posix() for member in configuration.members]
+        home = run.resolve()  # a name may lead out of the run and back into it
+        names = [member.run.resolve().relative_to(home).as_posix() for member in configuration.members]
         for member, name in zip(configuration.members, names, strict=True):
             _copy_member(member.run, staged / name)
         if (run / FOLDS_FILE).is_file():
@@ -104,14 +105,14 @@ def _stage(run: Path, configurations: Sequence[Configuration], staged: Path) -> 
     placed = []
     for number, configuration in enumerate(configurations):
         name = configuration.folder.name.removeprefix(f"{number}_")  # of a bundle, that is made of again
-        home = f"{MODELS_FOLDER}/{number}_{name}"
+        place_of_run = staged / MODELS_FOLDER / f"{number}_{name}"
         members = []
         for member in configuration.members:
-            place = staged / home / member.run.resolve().relative_to(configuration.folder.resolve())
+            place = place_of_run / member.run.resolve().relative_to(configuration.folder.resolve())
             _copy_member(member.run, place)
             members.append(Member(place))
             trainings |= {place.relative_to(staged).as_posix(): t for t in _trainings(member.run).values()}
-        placed.append(Configuration(staged / home, tuple(members)))
+        placed.append(Configuration(place_of_run, tuple(members)))
     write_ensemble(staged, placed)
     return trainings or known
 

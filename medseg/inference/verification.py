@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from medseg.bundle import BUNDLE_FILE, CHECKPOINT_FOLDER, FOLDS_FILE, read_checkpoint
 from medseg.bundle.archive import files_in, unpacked_bundle
@@ -104,12 +105,20 @@ def _listed(folder: Path, manifest: Manifest) -> Iterator[Finding]:
 def _predicted(folder: Path) -> Iterator[Finding]:
     for entry in Predictions(folder, "", {}).entries.values():
         for name, digest in entry.files.items():
-            try:
-                is_same = digest_of_file(folder / name) == digest
-                problem = "" if is_same else f"of {entry.case}: was changed after it was written"
-            except OSError as error:
-                problem = f"of {entry.case}: {error.strerror or type(error).__name__}"
-            yield Finding(name, Status.WRONG if problem else Status.OK, problem)
+            problem = _problem_of(folder, name, digest)
+            yield Finding(name, Status.WRONG if problem else Status.OK, problem and f"of {entry.case}: {problem}")
+
+
+def _problem_of(folder: Path, name: str, digest: str) -> str:
+    """What is wrong with a file of a prediction, in words; empty if it is as it was."""
+    if PurePath(name).anchor or ".." in PurePath(name).parts:
+        return "leads out of the folder"
+    try:
+        if not (folder / name).is_file():  # devices and pipes, which may have no end, are none
+            return "is missing"
+        return "" if digest_of_file(folder / name) == digest else "was changed after it was written"
+    except OSError as error:
+        return error.strerror or type(error).__name__
 
 
 def _chosen(folder: Path) -> Iterator[Finding]:
@@ -117,7 +126,8 @@ def _chosen(folder: Path) -> Iterator[Finding]:
         for member in configuration.members:
             is_same = digest_of(member.run) == member.digest
             detail = "" if is_same else "its best checkpoint is another than the one chosen"
-            yield Finding(str(member.run.relative_to(folder)), Status.OK if is_same else Status.WRONG, detail)
+            name = os.path.relpath(member.run, folder)  # runs may lie beside the ensemble
+            yield Finding(name, Status.OK if is_same else Status.WRONG, detail)
 
 
 def _unfinished(folder: Path) -> Iterator[Finding]:

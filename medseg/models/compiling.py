@@ -63,7 +63,7 @@ class Forward:
                     "the network cannot be compiled on this machine",
                     where=self.option,
                     got=reason,
-                    remedy=f"{self.option.replace('=on', '=auto')} goes on without; on a CPU a C++ compiler is needed",
+                    remedy=f"{self.option.removesuffix('on')}auto goes on without; on a CPU a C++ compiler is needed",
                 ) from error
             log.warning("the network cannot be compiled here and runs as it is: %s", reason)
             self.compiled = False

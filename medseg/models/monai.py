@@ -40,6 +40,9 @@ _FILLED_IN = {
 }
 """What is filled in by us → the names that MONAI's networks give it."""
 
+_DOWNLOADING = "pretrained"
+"""The argument that makes MONAI's networks (FlexibleUNet) download weights."""
+
 _REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError, TypeError)
 """What MONAI's networks raise for an image size that they cannot take."""
 
@@ -242,7 +245,7 @@ def _check_arguments(
     parameters: Mapping[str, inspect.Parameter],
     filled_in: Mapping[str, int],
 ) -> None:
-    """Refuse arguments that the network does not have, that are filled in, or that it still needs."""
+    """Refuse arguments that the network does not have, that are filled in, that download, or that it still needs."""
     free = [name for name in parameters if name not in filled_in]
     for name in arguments:
         if name in filled_in:
@@ -259,6 +262,15 @@ def _check_arguments(
                 where=f"model.arguments.{name}",
                 remedy=nearest(name, free),
             )
+    if arguments.get(_DOWNLOADING):
+        raise MedsegError(
+            Code.CONFIG,
+            f"MONAI's {network} would download its weights, and medseg opens no connection",
+            where=f"model.arguments.{_DOWNLOADING}",
+            expected="false",
+            got=arguments[_DOWNLOADING],
+            remedy="leave it out; to begin with the weights of a run of medseg, give trainer.initial=RUN",
+        )
     needed = [n for n in free if parameters[n].default is inspect.Parameter.empty and n not in arguments]
     if needed:
         raise MedsegError(

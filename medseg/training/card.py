@@ -66,10 +66,12 @@ def _settings(experiment: Experiment) -> Mapping[str, object]:
     budget = [f"{trainer.max_minutes:g} minutes"] if trainer.max_minutes is not None else []
     budget += [f"{trainer.steps:g} steps"] if trainer.steps < float("inf") else []
     begun = {} if trainer.initial is None else {"begun with": "the weights of another run (fine-tuning)"}
+    given = experiment.optimizer.get("lr")
+    rate = "that of its device" if given is None else given
     return {
         **begun,
         "loss": experiment.loss["name"],
-        "optimizer": f"{experiment.optimizer['name']}, learning rate {experiment.optimizer.get('lr', 'its own')}",
+        "optimizer": f"{experiment.optimizer['name']}, learning rate {rate}",
         "schedule": experiment.schedule["name"],
         "budget of a training": ", whichever ends first: ".join(budget),
         "seed": experiment.seed,

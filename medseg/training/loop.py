@@ -156,8 +156,9 @@ class Loop:
                     self.save()
             if signals.received is not None:
                 self.save()
-                journal.say(f"stopped by {signals.received.name} at step {self.counters.step}; go on with:")
-                journal.say("  " + command("train", f"resume={self.run}"))
+                journal.say(f"stopped by {signals.received.name} at step {self.counters.step}")
+                again = command("train", f"resume={self.run}")  # not for the log: its folders may be named for patients
+                journal.console.print(f"go on with: {again}", highlight=False, soft_wrap=True, markup=False)
         signals.raise_received()
         if not checkpoint_path(self.run, "best").exists():  # the budget was made smaller before the first validation
             self.validate_and_save(journal)
@@ -199,6 +200,8 @@ class Loop:
         image, label = self.augment(image, label, step)
         image = image.contiguous(memory_format=memory_format(self.plan.spatial_dims))
         self.optimizer.zero_grad(set_to_none=True)
+        # A batch normalisation takes what it sees into its running statistics before anybody knows the loss.
+        kept = [buffer.clone() for buffer in self.model.buffers()] if self.config.on_nan_loss == "skip" else []
         with explicit_padding(self.device):  # also on the way back, where checkpointed parts are computed again
             with autocast(self.device, self.precision):
                 outputs = self.forward(image)
@@ -210,7 +213,10 @@ class Loop:
             # Under a loss scaler infinite gradients are its own affair: it leaves the step out and scales by less.
             told = loss if self.scaler.is_enabled() else loss + norm
             self.is_left_out = not bool(torch.isfinite(told.detach()))
-        if not self.is_left_out:
+        if self.is_left_out:
+            for buffer, before in zip(self.model.buffers(), kept, strict=True):
+                buffer.copy_(before)
+        else:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None and not self.is_left_out:
@@ -272,12 +278,17 @@ class Loop:
     def check_weights(self) -> None:
         """End the run where an update has made weights that are not finite: the loss tells it one step later.
 
+        Running statistics and the average of the weights are saved too, and looked at as well.
+
         Raises:
             MedsegError: E_NAN_LOSS.
         """
-        norm = float(nn.utils.get_total_norm([p.detach() for p in self.model.parameters()]))
-        if not math.isfinite(norm):
-            raise self._not_finite("the weights are not finite any more", norm)
+        average = {} if self.average is None else self.average.weights()
+        saved = (tensor.detach() for tensor in (*self.model.state_dict().values(), *average.values()))
+        floats = [tensor for tensor in saved if tensor.is_floating_point() and tensor.numel()]
+        largest = float(nn.utils.get_total_norm(floats, norm_type=math.inf))  # of squares the sum may overflow
+        if not math.isfinite(largest):
+            raise self._not_finite("the weights are not finite any more", largest)
 
     def _not_finite(self, message: str, got: float) -> MedsegError:
         return MedsegError(

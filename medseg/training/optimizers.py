@@ -12,8 +12,8 @@ from medseg.errors import Code, MedsegError
 from medseg.registry import Registry
 
 CPU_LR, OTHER_LR = 2e-3, 1e-3
-"""Learning rates of AdamW where nobody sets one. That on CPUs was tried on the hippocampus set
-(docs/benchmarks/hippocampus.md); the other is a usual one."""
+"""Learning rates of AdamW where nobody sets one. docs/benchmarks/README.md has the trial of that
+on CPUs; the other is a usual one."""
 OPTIMIZERS: Registry[torch.optim.Optimizer] = Registry("optimizer", "medseg.training.optimizers")
 
 

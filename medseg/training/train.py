@@ -71,18 +71,22 @@ def train(experiment: Experiment, run: Path, console: Console | None = None) -> 
     """
     console = console or Console()
     run.mkdir(parents=True, exist_ok=True)
-    whole = run.parent if (run.parent / FOLDS_FILE).is_file() else run
-    forget_manifest(whole)  # its files change from here on
     with save_signal_is_harmless(), deterministic(experiment.trainer.deterministic):
         result = _train(experiment, run, console)
-    write_manifest(whole)
+    write_manifest(_whole(run))
     return result
+
+
+def _whole(run: Path) -> Path:
+    """The run that has the manifest: that of all folds where this is one of them."""
+    return run.parent if (run.parent / FOLDS_FILE).is_file() else run
 
 
 def _train(experiment: Experiment, run: Path, console: Console) -> TrainResult:
     """One fold or several, begun or gone on with."""
     device = choose_device(experiment.trainer.device)
     if experiment.resume is None:
+        forget_manifest(_whole(run))
         write_config(experiment, run)
     store = open_store(experiment.data, run)
     if experiment.folds is not None:
@@ -123,6 +127,7 @@ def _train_folds(
         again = command("train", f"resume={run}")
         console.print(f"go on with this fold and the next ones: {again}", highlight=False, soft_wrap=True, markup=False)
         raise
+    forget_manifest(run)  # also where no fold was left to train
     return conclude_folds(experiment, folds, console)
 
 
@@ -147,6 +152,7 @@ def _train_fold(
     training, validation = preparation(split)
 
     loop = Loop(experiment, run, info, model, training, validation, device)
+    forget_manifest(_whole(run))  # nothing is refused any more, and its files change from here on
     with Journal(run, console, loop.columns(), from_step=loop.counters.step) as journal:
         journal.settings("configuration", without_places(experiment)[0])
         journal.settings("plan", info.plan.to_json())

@@ -19,6 +19,9 @@ GIB = 2**30
 OPTIMIZER_BYTES = 28
 """For each weight: itself, its gradient, the two running means of Adam, its running average, and two temporaries of the
 optimizer's step, in fp32."""
+CHECKPOINT_BYTES = 16
+"""For each weight, in the computer's memory: a checkpoint's content, made before it is written. The weight, its average
+and the two means."""
 BASE_BYTES = {"cuda": 0.9 * GIB, "cpu": 0.6 * GIB}
 """What torch and its libraries take before anything is computed: on GPUs the context and the workspaces of cuDNN, on
 CPUs the loaded libraries."""
@@ -56,7 +59,8 @@ class StepCost:
         copies = 0 if precision == "fp32" else 2  # the weights are cast as well
         sample = (self.num_saved + TRANSIENT * self.num_largest) * element + 4 * LOSS_COPIES * self.num_logits
         sample += 4 * self.num_input * (BATCHES_AHEAD if device == "cpu" else 2)
-        return BASE_BYTES[device] + MARGIN * (self.num_weights * (OPTIMIZER_BYTES + copies) + batch_size * sample)
+        weight = OPTIMIZER_BYTES + copies + (CHECKPOINT_BYTES if device == "cpu" else 0)
+        return BASE_BYTES[device] + MARGIN * (self.num_weights * weight + batch_size * sample)
 
 
 def step_cost(
