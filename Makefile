@@ -16,8 +16,8 @@ help: ## show this list
 demo: $(RUNTIME) ## make a phantom data set, train on it, predict a held-out scan, report (minutes, no GPU)
 	.venv/bin/medseg demo
 
-test: $(DEV) ## run the tests
-	.venv/bin/pytest
+test: $(DEV) ## run the tests, one process for each core
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist loadfile
 
 lint: $(DEV) ## style, formatting and the direction of imports
 	.venv/bin/ruff check .
