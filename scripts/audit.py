@@ -54,10 +54,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one.txt"
         one.write_text(first_pin(LOCK), encoding="utf-8")
-        if audit(one) is None:
-            print("the data base of vulnerabilities cannot be reached: nothing was audited")
-            return
-    found = audit(LOCK) or []
+        found = None if audit(one) is None else audit(LOCK)
+    if found is None:
+        print("the data base of vulnerabilities cannot be reached: nothing was audited")
+        return
     skipped = [f"{p['name']}: {p['skip_reason']}" for p in found if "skip_reason" in p]
     bad = [(package, vulnerability) for package in found for vulnerability in package.get("vulns", ())]
     for package, vulnerability in bad:
