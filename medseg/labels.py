@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.documents import YAMLError, parse_yaml
 from medseg.errors import Code, MedsegError
 from medseg.label_values import integer_values, smallest_integer_type
 
@@ -126,21 +125,6 @@ class Labels:
         if order is None and len({*claims}) == len(claims):
             return cls((first, *parsed), (background, *parsed.values()), ignore=ignore or ())
         return _with_regions((first, background), parsed, ignore or (), order)
-
-    @classmethod
-    def from_text(cls, text: str) -> Labels:
-        """From `{name: value, ...}` on a command line, in YAML.
-
-        Raises:
-            MedsegError: E_LABEL if it is no such table.
-        """
-        try:
-            table = parse_yaml(text)
-        except YAMLError:
-            table = None
-        if not isinstance(table, dict):
-            raise MedsegError(Code.LABEL, "the label table cannot be read", expected="{liver: 1, spleen: 2}", got=text)
-        return cls.from_mapping(table)
 
     @property
     def num_classes(self) -> int:

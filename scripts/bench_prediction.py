@@ -224,10 +224,12 @@ def rows_of(parts: dict[str, Any]) -> list[tuple[str, str, str, str, bool]]:
 def page(results: dict[str, Any]) -> str:
     """The page in Markdown."""
     parts, facts = results["parts"], results["environment"]
+    some = "" if set(PARTS) <= set(parts) else "".join(f" --only {part}" for part in parts)
+    command = f"python scripts/bench_prediction.py{some} --write"
     lines = [
         "# Prediction beside nnU-Net's",
         "",
-        "Made by `python scripts/make_peers.py && python scripts/bench_prediction.py --write`; the script says how.",
+        f"Made by `python scripts/make_peers.py && {command}`; the script says how.",
         "The same weights, step 0.5, eight mirrored passes, from the scan in memory to the label map on its grid.",
         "",
         "| | medseg | nnU-Net | ratio or bar | |",

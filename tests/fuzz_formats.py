@@ -445,10 +445,10 @@ def read_configuration(folder: Path) -> None:
 
 def read_plans(folder: Path) -> None:
     from medseg.data.plan.file import read_plan
+    from medseg.formats.label_table import table_of
 
-    attempt(
-        lambda: read_plan(folder / "plan.yaml"), lambda: Labels.from_text((folder / "labels.txt").read_text("latin-1"))
-    )
+    text = (folder / "labels.txt").read_text("latin-1")
+    attempt(lambda: read_plan(folder / "plan.yaml"), lambda: Labels.from_mapping(table_of(text)))
 
 
 def make_plans(folder: Path) -> None:

@@ -247,7 +247,7 @@ def _channels(content: dict[str, Any]) -> None:
         (_target, "E_CONFIG"),
         (_absurd, "E_MODEL"),
         (_endless, "(?s)E_MODEL.*layers and parameters"),
-        (_beyond_memory, "(?s)E_MODEL.*MemoryError"),
+        (_beyond_memory, "(?s)E_MODEL.*layers and parameters"),
         (_nameless, "E_RUN"),
         (_axes, "E_RUN"),
         (_channels, "E_RUN"),
@@ -264,6 +264,36 @@ def test_s2_nothing_is_built_by_a_name_that_is_not_registered(
     with pytest.raises(MedsegError, match=code):
         load_bundle(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_network_that_memory_has_no_room_for_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("medseg.models.unet._convolutions", no_room)
+    with pytest.raises(MedsegError, match="(?s)E_MODEL.*MemoryError"):
+        load_bundle(folder)
+
+
+def test_overwriting_keeps_what_was_there_until_the_new_one_stands(
+    tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    export_bundle(tiny_run.run, target)
+    (target / "mine.txt").write_text("of the former one")
+    replace, tried = Path.replace, []
+
+    def fails_once(self: Path, to: Path) -> Path:
+        if Path(to) == target and not tried:  # the new one, at its final name
+            tried.append(self)
+            raise OSError(28, "No space left on device")
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", fails_once)
+    with pytest.raises(MedsegError, match="E_OUTPUT"):
+        export_bundle(tiny_run.run, target, overwrite=True)
+    assert (target / "mine.txt").is_file() and tried
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("key", ["model._target_=os.system", "+loss._target_=os.system", "model=os.system"])

@@ -232,7 +232,7 @@ def test_the_same_name_in_two_places(tiny_run, tmp_path: Path) -> None:
     for seed, name in enumerate(("a", "b")):
         shaken(tiny_run.run, tmp_path / name / "run", seed)
     names = [s.name for s in read_sources([tmp_path / "a" / "run", tmp_path / "b" / "run"])]
-    assert names == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    assert names == ["a/run", "b/run"]  # and not the folders above, which may tell whose data they hold
 
 
 def test_runs_that_cannot_be_compared(runs: tuple[Path, Path], tiny_run, tmp_path: Path) -> None:
@@ -292,3 +292,10 @@ def test_a_case_that_is_gone(runs: tuple[Path, Path], tiny_run, tmp_path: Path) 
             path.unlink()
     message = refused(*runs, "-o", tmp_path / "out", "--data", data)
     assert "E_MISSING" in message and case in message and not (tmp_path / "out").exists()
+
+
+def test_runs_are_named_by_as_little_of_their_paths_as_tells_them_apart(tmp_path: Path) -> None:
+    from medseg.training.selection import _short_names
+
+    assert _short_names([tmp_path / "a" / "unet", tmp_path / "b" / "fusionnet"]) == ["unet", "fusionnet"]
+    assert _short_names([tmp_path / "a" / "unet", tmp_path / "b" / "unet"]) == ["a/unet", "b/unet"]

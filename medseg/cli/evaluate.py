@@ -67,6 +67,7 @@ def evaluate(
         raise click.UsageError("--images are for the pictures of --report")
     from rich.console import Console
 
+    from medseg.formats.label_table import table_of
     from medseg.labels import Labels
     from medseg.metrics.metric import metric_names
     from medseg.reports.evaluation import evaluate_folders
@@ -78,7 +79,7 @@ def evaluate(
         evaluation = evaluate_folders(
             predictions,
             references,
-            labels=None if labels is None else Labels.from_text(labels),
+            labels=None if labels is None else Labels.from_mapping(table_of(labels)),
             tolerance_mm=tolerance,
             names=None if metrics is None else metric_names(f"dice,{metrics}"),
             missing=cast("MissingPolicy", missing),

@@ -14,7 +14,7 @@ from medseg.formats import open_label, read_grid
 from medseg.formats.content import content_in_words
 from medseg.formats.dicom.export import ENDINGS, IDENTIFIERS_REMARK, Form, write_annotation
 from medseg.formats.dicom.structures import Algorithm
-from medseg.formats.label_table import labels_for
+from medseg.formats.label_table import labels_for, table_of
 from medseg.formats.remarks import gathered_warnings
 from medseg.label_values import integer_values
 from medseg.labels import IGNORE_INDEX, Labels
@@ -65,7 +65,7 @@ def _read_label(source: Path, options: Options) -> tuple[Volume, Labels]:
     table ignores are not drawn."""
     label = open_label(source, options.reading)
     values = integer_values(label.array, where=source.name)
-    labels = Labels.from_text(options.labels) if options.labels is not None else labels_for(source)
+    labels = Labels.from_mapping(table_of(options.labels)) if options.labels is not None else labels_for(source)
     if labels is None:
         found = [int(v) for v in np.unique(values) if v]
         expected = "0 for the background and a positive whole number for each structure"

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 import yaml
 
 from medseg.data.structure_table import BACKGROUND, MAX_CLASSES, StructureTable, declared_table
-from medseg.documents import parse_yaml
 from medseg.errors import Code, MedsegError, nearest
 from medseg.formats.dicom.annotations import DrawnLabel, folded, overlap_of, read_label
 from medseg.formats.dicom.structures import Annotation
+from medseg.formats.label_table import table_of
 from medseg.volume import Grid, Volume
 
 EXAMPLE = '--labels "{tumour: [GTV-1, gtv], lung: Lung}"'
@@ -100,16 +100,4 @@ def _of_all(annotations: Iterable[Annotation]) -> StructureTable:
 
 
 def _parsed(text: str) -> StructureTable:
-    try:
-        table = parse_yaml(text)
-    except yaml.YAMLError:
-        table = None
-    if not isinstance(table, dict):
-        raise MedsegError(
-            Code.LABEL,
-            "the table of structures cannot be read",
-            where="--labels",
-            expected=f"names of structures for each class: {EXAMPLE}",
-            got=text,
-        )
-    return declared_table(table, key="--labels", example=EXAMPLE)
+    return declared_table(table_of(text), key="--labels", example=EXAMPLE)

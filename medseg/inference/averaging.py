@@ -32,7 +32,7 @@ def decode_mean(logits: Sequence[tuple[Tensor, Grid]], weights: Sequence[float],
 
     Args:
         logits: for each model (K, *S), and the voxels of the scan that they cover, as `Predictor.logits_of` gives
-            them; on one device.
+            them. Where they are on several devices, they are worked on in the computer's memory.
         weights: the models' shares in the mean.
         labels: the classes.
         scan: the scan's grid.
@@ -57,6 +57,8 @@ def mean_decoding(
     The logits are resampled linearly to the scan's voxels; there they become probabilities (softmax over the classes,
     sigmoid of regions), and the mean decides. Outside the part that a model covers its answer is background.
     """
+    if len({found.device for found, _ in logits}) > 1:  # one of the models found no room on the device
+        logits = [(found.cpu(), covered) for found, covered in logits]
     # Worked on with the axes of the first model; most have the same, up to their order.
     grid = scan if scan.is_picture else scan.reoriented(logits[0][1].orientation)
     parts = [_Part.of(*model, weight, grid) for model, weight in zip(logits, weights, strict=True)]

@@ -168,8 +168,6 @@ class Ensemble:
         footprints = [predictor.footprint(volume) for predictor in self.predictors]
         memory = plan_memory(volume.grid, footprints, self.predictors[0].device, wanted=wanted)
         logits = [predictor.logits_of(volume, memory.dtype, memory.sums_on) for predictor in self.predictors]
-        if len({found.device for found, _ in logits}) > 1:  # one of them found no room on the device
-            logits = [(found.cpu(), covered) for found, covered in logits]
         return mean_decoding(logits, self.weights, self.info.labels, volume.grid, wanted)
 
     def _processed(self, decoding: Decoding) -> Volume:

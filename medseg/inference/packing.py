@@ -50,14 +50,15 @@ def export_bundle(run: Path, target: Path, *, overwrite: bool = False) -> Manife
         for member in configuration.members:
             load_bundle(member.run)  # only what opens is handed on; one at a time in memory
     _check_target(target, overwrite=overwrite)
-    staged = target.parent / f".{uuid.uuid4().hex}"
+    staged, former = (target.parent / f".{uuid.uuid4().hex}" for _ in range(2))
     try:
         trainings = _stage(run, configurations, staged)
         manifest = write_manifest(staged, kind=BUNDLE, trainings=trainings, made=_made(run))
         if target.suffix == ARCHIVE_SUFFIX:
             _pack(staged, target)
         else:
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():  # aside, so that at no moment both are gone
+                target.replace(former)
             staged.replace(target)
     except OSError as error:
         raise MedsegError(
@@ -68,6 +69,9 @@ def export_bundle(run: Path, target: Path, *, overwrite: bool = False) -> Manife
             remedy="check that the folder exists, is writable and has room",
         ) from error
     finally:
+        if former.exists() and not target.exists():
+            former.replace(target)
+        shutil.rmtree(former, ignore_errors=True)
         shutil.rmtree(staged, ignore_errors=True)
     return manifest
 

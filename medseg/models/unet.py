@@ -134,8 +134,8 @@ class UNet(EncoderDecoder):
 
 
 def _convolutions(number: int, in_channels: int, stage: Stage, style: ConvolutionStyle) -> Block:
-    channels = [in_channels] + [stage.width] * number
-    return Stack((ConvolutionBlock(c, stage.width, style, kernel=stage.kernel) for c in channels[:-1]), in_channels)
+    channels = (stage.width if index else in_channels for index in range(number))
+    return Stack((ConvolutionBlock(c, stage.width, style, kernel=stage.kernel) for c in channels), in_channels)
 
 
 def _dropout_per_stage(dropout: float | tuple[float, ...], num_stages: int) -> tuple[float, ...]:

@@ -158,8 +158,7 @@ def read_sources(runs: Sequence[Path]) -> list[Source]:
             got=", ".join(str(run) for run in runs),
             remedy="train another configuration on the same folds, such as model=residual_encoder_unet folds=all",
         )
-    short = [run.resolve().name for run in runs]
-    names = short if len(set(short)) == len(short) else [str(run) for run in runs]
+    names = _short_names([run.resolve() for run in runs])
     sources = [_source(run, name) for run, name in zip(runs, names, strict=True)]
     check_agreement([(source.configuration.folder, source.info) for source in sources])
     first = sources[0]
@@ -175,6 +174,15 @@ def read_sources(runs: Sequence[Path]) -> list[Source]:
                 remedy="train them with the same data, seed, data.split and folds",
             )
     return sources
+
+
+def _short_names(runs: Sequence[Path]) -> list[str]:
+    """The last parts of the runs' paths, as few as tell them apart: no more of this machine's folders is written."""
+    for number in range(1, 1 + max(len(run.parts) for run in runs)):
+        names = ["/".join(run.parts[-number:]) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _source(run: Path, name: str) -> Source:

@@ -54,11 +54,17 @@ class ResidualBlock(Block):
         self.out_channels = channels
         first = channels if in_channels is None else in_channels
         factors = per_axis(stride, style.spatial_dims, where="stride")
-        styles = [style] * (num_convolutions - 1) + [replace(style, activation="linear")]
-        convolutions = [
-            ConvolutionBlock(channels if i else first, channels, s, kernel=kernel, stride=1 if i else factors)
-            for i, s in enumerate(styles)
-        ]
+        last = replace(style, activation="linear")
+        convolutions = (
+            ConvolutionBlock(
+                channels if i else first,
+                channels,
+                style if i < num_convolutions - 1 else last,
+                kernel=kernel,
+                stride=1 if i else factors,
+            )
+            for i in range(num_convolutions)
+        )
         self.convolutions = Stack(convolutions, first)
         self.shortcut = _shortcut(first, channels, style, factors)
         self.activation = make_activation(style.activation, channels, negative_slope=style.negative_slope)
