@@ -73,7 +73,8 @@ class OfDataOrModel(click.Command):
 @click.option("--class", "class_name", metavar="NAME", help="The class that saliency explains.")
 @click.option("--show", default=_SHOWN, show_default=True, metavar="LIST", help="Which pictures, with commas.")
 @click.option("--steps", default=32, show_default=True, help="Steps towards what excites a filter.")
-@click.option("--checkpoint", default="best", show_default=True, type=click.Choice(["best", "latest"]))
+@click.option("--checkpoint", default="best", show_default=True, type=click.Choice(["best", "latest"]),
+              help="The weights of the best validation, or the last ones.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @reading_options
 def inspect_model(

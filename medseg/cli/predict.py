@@ -22,9 +22,11 @@ EXIT_BAD_CASES = 3
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the label files.")
-@click.option("--checkpoint", default="best", show_default=True, type=click.Choice(["best", "latest"]))
+@click.option("--checkpoint", default="best", show_default=True, type=click.Choice(["best", "latest"]),
+              help="The weights of the best validation, or the last ones.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "bf16", "fp16", "fp32"]))
+@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+              help="What the network computes in; auto: bf16 where the processor has it.")  # fmt: skip
 @click.option("--step", default=0.5, show_default=True, help="Distance of tiles as a share of the tile.")
 @click.option("--mirror", is_flag=True, help="Average over mirrored passes, where the model was trained so.")
 @click.option("--batch-size", type=int, show_default="fastest", help="Tiles in one forward pass.")

@@ -15,7 +15,8 @@ import click
 @click.option("--data", metavar="FOLDER", type=click.Path(path_type=Path),
               help="Where the cases are now, if the folder that the runs were trained on has moved.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "bf16", "fp16", "fp32"]))
+@click.option("--precision", default="auto", show_default=True, type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+              help="What the network computes in; auto: bf16 where the processor has it.")  # fmt: skip
 @click.option("--batch-size", default=4, show_default=True, help="Tiles in one forward pass.")
 @click.option("--overwrite", is_flag=True, help="Replace an ensemble that is there already.")
 def select(
