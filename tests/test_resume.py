@@ -128,6 +128,23 @@ def test_what_a_network_draws_itself(tiny_run, tmp_path: Path) -> None:
     assert_same(tmp_path / "straight", tmp_path / "run")
 
 
+def test_killed_between_the_row_of_a_validation_and_its_checkpoint(
+    tiny_run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation is done again, and history.csv has its row once."""
+
+    def die(self: Loop, journal: object, kept: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Loop, "draw", die)
+        run(tiny_run.data, tmp_path / "run", *EVERYTHING, "trainer.save_minutes=100")
+    assert read_counters(tmp_path / "run").is_validating
+    assert [row["step"] for row in history(tmp_path / "run") if row["val_dice_mean"]] == ["2"]
+    go_on(tmp_path / "run")
+    assert_same(straight, tmp_path / "run")
+
+
 @pytest.mark.parametrize("moment", ["validate", "save_best"])
 def test_killed_in_a_validation(
     tiny_run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -40,13 +40,18 @@ class Journal:
         console: where the user reads.
         columns: columns of history.csv after step and minutes.
         from_step: rows of a resumed run after this step are dropped: they will be written again.
+        validates: the resumed run begins with the validation of that step: a row of it is dropped too.
     """
 
-    def __init__(self, run: Path, console: Console, columns: list[str], *, from_step: int = 0) -> None:
+    def __init__(
+        self, run: Path, console: Console, columns: list[str], *, from_step: int = 0, validates: bool = False
+    ) -> None:
         self.console = console
         self.path = run / HISTORY_FILE
         self.columns = ["step", "minutes", *columns]
         kept = [row for row in _rows(self.path) if int(row["step"]) <= from_step]
+        if validates:
+            kept = [row for row in kept if int(row["step"]) < from_step or not row.get(DICE_PREFIX + "mean")]
         # Whole or not at all: a full disk must not take the rows of a run that goes on.
         with whole_file(self.path, ".csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")

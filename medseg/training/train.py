@@ -153,7 +153,8 @@ def _train_fold(
 
     loop = Loop(experiment, run, info, model, training, validation, device)
     forget_manifest(_whole(run))  # nothing is refused any more, and its files change from here on
-    with Journal(run, console, loop.columns(), from_step=loop.counters.step) as journal:
+    counters = loop.counters
+    with Journal(run, console, loop.columns(), from_step=counters.step, validates=counters.is_validating) as journal:
         journal.settings("configuration", without_places(experiment)[0])
         journal.settings("plan", info.plan.to_json())
         loop.run_to_the_end(journal)
