@@ -8,11 +8,15 @@ WORKDIR /source
 COPY requirements-build.lock .
 RUN pip install --no-cache-dir --require-hashes -r requirements-build.lock
 COPY . .
+# The build sees no .git: --build-arg MEDSEG_REVISION=$(git rev-parse HEAD) puts the commit into every manifest.
+ARG MEDSEG_REVISION=""
 RUN python -m build --wheel --no-isolation --outdir /dist
 
 FROM python:3.12-slim
-# HOME is writable for whatever user the container is started as (caches of matplotlib and torch).
+# HOME is writable for whatever user the container is started as (caches of matplotlib and torch), also where the root is
+# read-only: nothing else is written but /work.
 ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     HOME=/tmp

@@ -8,13 +8,16 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types check lock sbom audit clean
+.PHONY: help demo notebooks test lint types check lock sbom audit clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUNTIME) ## make a phantom data set, train on it, predict a held-out scan, report (minutes, no GPU)
 	.venv/bin/medseg demo
+
+notebooks: $(DEV) ## execute the notebooks and keep their outputs (on the demo's run, which is made if there is none)
+	$(PY) scripts/execute_notebooks.py
 
 test: $(DEV) ## run the tests, one process for each core
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n auto --dist loadfile

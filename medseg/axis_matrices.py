@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 ORDERS = (0, 1, 3)
 """Interpolation orders on offer: nearest neighbour, linear, cubic B-spline."""
@@ -57,6 +56,8 @@ def axis_matrix(num_in: int, num_out: int, order: int) -> np.ndarray:
             np.add.at(matrix, (rows, (low + shift).clip(0, num_in - 1)), weight)
         return matrix
     continued = np.pad(np.eye(num_in), ((SPLINE_MARGIN, SPLINE_MARGIN), (0, 0)), mode="edge")
+    from scipy import ndimage
+
     coefficients = ndimage.spline_filter1d(continued, order=3, axis=0, mode="mirror")
     for shift in range(-1, 3):
         distance = np.abs(part - shift)

@@ -14,32 +14,40 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
-from medseg.bundle import BUNDLE_FILE, FOLDS_FILE
+from medseg.bundle import BUNDLE_FILE
 from medseg.data.augment import AugmentConfig
-from medseg.documents import MAX_DEPTH, YAML_ERRORS, check_yaml
+from medseg.documents import YAML_ERRORS, check_yaml
 from medseg.errors import Code, MedsegError, nearest, of_machine
 from medseg.losses import LOSSES
 from medseg.models import MODELS
 from medseg.registry import Registry, make_config
 from medseg.training.experiment import CONFIG_FILE, PLACES, PLACES_FILE, DataConfig, Experiment, TrainerConfig
 from medseg.training.optimizers import OPTIMIZERS
+from medseg.training.overrides import options_first, refuse_nesting
+from medseg.training.run_folder import (
+    REFUSED_FILE,
+    has_begun,
+    refusals_in,
+    remove_unstarted,
+    used_folder,
+    write_refusal,
+)
 from medseg.training.schedules import SCHEDULES
 
-OPTIONS_WITH_VALUE = frozenset(
-    ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
-)
-"""Hydra's options that are followed by a value; --info may be."""
 PART_GROUPS: dict[str, Registry[Any]] = {
     "model": MODELS,
     "loss": LOSSES,
@@ -76,13 +84,14 @@ def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experi
         )
     register_schema()
     refused: list[MedsegError] = []
+    SweepEnd.refused = []
 
     def job(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         others = sorted(path.name for path in folder.iterdir() if path.name != f"{config_name}.log")
         try:
             if others:
-                raise _used_folder(folder, others)
+                raise used_folder(folder, others)
             task(experiment_from(config), folder)
         except (MedsegError, OSError, MemoryError, RuntimeError) as error:
             refusal = error if isinstance(error, MedsegError) else of_machine(error)
@@ -91,43 +100,33 @@ def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experi
             # Kept and raised at the end: Hydra would print it in its own way, and end a sweep at its first bad job.
             refused.append(refusal)
             if not others:
-                _remove_unstarted(folder)
+                remove_unstarted(folder)
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 sys.stderr.write(f"{refusal}\n")
+                write_refusal(folder, refusal)  # also for whoever waits for this job on another machine
 
-    with _hydra_process(["medseg", *_options_first(arguments)]):  # the name that shell completion is installed for
+    with _hydra_process(["medseg", *options_first(arguments)]):  # the name that shell completion is installed for
         try:
             hydra.main(config_path=str(configs_folder()), config_name=config_name, version_base="1.3")(job)()
         except (HydraException, OmegaConfBaseException) as error:
             raise _explain(error, config_name, arguments) from error
-    if refused:
+    if refused or (refused := SweepEnd.refused):
         raise refused[0]
 
 
-def _options_first(arguments: Sequence[str]) -> list[str]:
-    """The command line with its options before its overrides: Hydra's parser takes no options in between.
+class SweepEnd(Callback):
+    """Compares the runs of a sweep when the last is done, wherever a launcher of Hydra had them run."""
 
-    Raises:
-        MedsegError: E_CONFIG for a bare path, which is most likely meant as the data.
-    """
-    options: list[str] = []
-    overrides: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_value = before in OPTIONS_WITH_VALUE or (before in ("--info", "-i") and "=" not in argument)
-        if argument.startswith("-") or is_value:
-            options.append(argument)
-        elif "=" not in argument and not argument.startswith("~") and Path(argument).expanduser().exists():
-            raise MedsegError(
-                Code.CONFIG,
-                "a path stands where a setting was expected",
-                where=argument,
-                expected="key=value",
-                remedy=f"did you mean data.root={argument} ?",
-            )
-        else:
-            overrides.append(argument)
-    _refuse_nesting(overrides)
-    return options + overrides
+    refused: ClassVar[list[MedsegError]] = []
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table, write it and the picture into the sweep's folder."""
+        folder = Path(config.hydra.sweep.dir)
+        if any(folder.glob(f"*/{CONFIG_FILE}")) or any(folder.glob(f"*/{REFUSED_FILE}")):
+            from medseg.reports.sweep import conclude_sweep  # draws: matplotlib is half a second of imports
+
+            SweepEnd.refused = refusals_in(folder)
+            conclude_sweep(folder, Console())
 
 
 @contextmanager
@@ -144,40 +143,31 @@ def _hydra_process(arguments: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _refuse_nesting(overrides: Sequence[str]) -> None:
-    """Hydra's parser takes minutes over a value that is nested without end."""
-    for override in overrides:
-        depth = deepest = 0
-        for character in override:
-            depth += (character in "[{") - (character in "]}")
-            deepest = max(deepest, depth)
-        if deepest > MAX_DEPTH:
-            raise MedsegError(
-                Code.CONFIG,
-                "a value is nested without end",
-                where=override.partition("=")[0][:80],
-                expected=f"at most {MAX_DEPTH} levels of lists and tables",
-            )
+def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, tuple[str, ...] | tuple[float, float, bool]]]:
+    """A command line with Hydra's sweeps in it: what is fixed, and what is searched.
 
-
-def _used_folder(folder: Path, others: list[str]) -> MedsegError:
-    return MedsegError(
-        Code.OUTPUT,
-        "the run's folder is not empty: a run would overwrite what is there",
-        where=folder,
-        got=", ".join(others[:5]),
-        remedy="choose another hydra.run.dir, or go on with the run in it by: medseg train resume=RUN",
-    )
-
-
-def _remove_unstarted(folder: Path) -> None:
-    """Remove what a run wrote that was refused before it had a plan; the folder too if nothing else is in it."""
-    if (folder / BUNDLE_FILE).exists() or (folder / FOLDS_FILE).exists():
-        return
-    for name in ("train.log", "plan.log", CONFIG_FILE, PLACES_FILE, "split.json", "survey.json", "plan.yaml"):
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    Returns:
+        The overrides without sweeps; and by key the values to choose from, as text, or (lowest, highest, whether
+        logarithmic) of an interval, which are ints where it is one of ints.
+    Raises:
+        MedsegError: E_CONFIG for what Hydra cannot read.
+    """
+    refuse_nesting(overrides)
+    searched: dict[str, tuple[str, ...] | tuple[float, float, bool]] = {}
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        for override in (o for o in parsed if o.is_sweep_override()):
+            value: Any = override.value()
+            is_interval = isinstance(value, IntervalSweep)
+            log = "log" in getattr(value, "tags", ())
+            key = override.get_key_element()
+            if is_interval:
+                searched[key] = (value.start, value.end, log)
+            else:
+                searched[key] = tuple(map(str, override.sweep_string_iterator()))
+    except (HydraException, ValueError, TypeError) as error:
+        raise _explain(error, "train", overrides) from error
+    return [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line], searched
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> Experiment:
@@ -187,7 +177,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> Experiment:
         MedsegError: E_CONFIG as `run_hydra`.
     """
     register_schema()
-    _refuse_nesting(overrides)
+    refuse_nesting(overrides)
     try:
         return experiment_from(_compose(config_name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
@@ -242,7 +232,7 @@ def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
         MedsegError: E_RUN if the folder is no run, E_CONFIG for other keys: a run keeps its data and model.
     """
     stored = run / CONFIG_FILE
-    if not stored.is_file() or not ((run / BUNDLE_FILE).is_file() or (run / FOLDS_FILE).is_file()):
+    if not has_begun(run):
         raise MedsegError(
             Code.RUN,
             "this folder is not a run that can go on",

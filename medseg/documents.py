@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 from yaml import YAMLError
 
-__all__ = ["YAMLError", "check_yaml", "parse_json", "parse_yaml"]
+from medseg.errors import Code, MedsegError
+
+__all__ = ["YAMLError", "check_format", "check_yaml", "parse_json", "parse_yaml"]
 
 MAX_DEPTH = 64
 """Levels of lists and tables within each other. What medseg writes has fewer than ten."""
@@ -31,6 +33,32 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("lists or tables are nested without end") from error
+
+
+def check_format(content: Any, known: int, *, where: object) -> None:
+    """Refuse what another version of medseg wrote, in words of its own: it is not damaged.
+
+    Args:
+        content: a table of medseg's with `format`, a whole number, and perhaps `medseg`, a version.
+        known: the format that this version reads and writes.
+        where: the file, for the message.
+    Raises:
+        MedsegError: E_VERSION.
+        ValueError, KeyError, TypeError: it is no such table.
+    """
+    found = content["format"]
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise ValueError("its format is no whole number")
+    if found != known:
+        writer = content.get("medseg")
+        raise MedsegError(
+            Code.VERSION,
+            "this was written by another version of medseg",
+            where=where,
+            expected=f"format {known}",
+            got=f"format {found}" + (f" of medseg {writer}" if isinstance(writer, str) else ""),
+            remedy="install that version of medseg, or make it again with this one",
+        )
 
 
 def parse_yaml(text: str) -> Any:

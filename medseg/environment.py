@@ -21,6 +21,10 @@ PACKAGES = (
     *("python-gdcm", "pyjpegls", "safetensors", "blosc2", "monai", "hydra-core"),
 )
 """Whose versions are told: those that decide on numbers, or on which files can be read."""
+REVISION_FILE = "revision.txt"
+"""In a package that was built (hatch_build.py): the commit that it was built of."""
+UNKNOWN = "unknown"
+"""Where no commit is known: somebody's copy of the source."""
 DRIVER = Path("/proc/driver/nvidia/version")
 """Where NVIDIA's driver on Linux says what it is."""
 
@@ -29,7 +33,7 @@ def environment() -> dict[str, str]:
     """What medseg runs with here and now, as name → text; what is not there, or not in use, is left out."""
     found = {
         "medseg": medseg.__version__,
-        "revision": revision(),
+        "revision": revision() or UNKNOWN,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip(),
@@ -56,11 +60,14 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 
 def revision() -> str | None:
-    """The commit of medseg's code: of the checkout that it runs from, or that was installed; None if unknown."""
-    git = Path(medseg.__file__).resolve().parent.parent / ".git"
+    """The commit of medseg's code: of the checkout that it runs from, or of the package; None if unknown."""
+    package = Path(medseg.__file__).resolve().parent
+    git, built = package.parent / ".git", package / REVISION_FILE
     try:
         if git.exists():
             return _head_of(git)
+        if built.is_file():
+            return built.read_text(encoding="ascii").strip()[:64] or None
         installed = distribution("medseg").read_text("direct_url.json")
         return None if installed is None else str(json.loads(installed)["vcs_info"]["commit_id"])
     except (OSError, ValueError, KeyError, IndexError, PackageNotFoundError):

@@ -222,11 +222,38 @@ class Code(StrEnum):
     Comes of: a mistyped path, the folder above, a run that ended before its first step.
     To do: name the folder that medseg train printed.
     """
+    VERSION = "E_VERSION"
+    """A run, checkpoint, manifest or bundle that another version of medseg wrote, in a form that this one cannot read.
+
+    Comes of: a model of a newer medseg, or of one so old that its form is not read any more.
+    To do: install the version of medseg that the message names, or train again.
+    """
+    CHANGED = "E_CHANGED"
+    """Data that are not those that a run began with.
+
+    Comes of: a label corrected, an image replaced or a table of classes edited while a training was interrupted.
+    To do: put the files back as they were, or begin a new run from the weights: trainer.initial=RUN.
+    """
     OUTPUT = "E_OUTPUT"
     """An output that cannot be written, or that would overwrite something.
 
     Comes of: a full or read-only disk; results of an earlier call.
     To do: make room, choose another folder, or say --overwrite. Nothing half-written stands under a final name.
+    """
+    PROCESS = "E_PROCESS"
+    """One of several processes that train together has ended.
+
+    Comes of: a process that was refused (its own message says why), that the system killed for its memory, or a machine
+        that is gone.
+    To do: see what ended it; then go on with the run: medseg train resume=RUN. torchrun --max-restarts does so itself.
+    """
+    ARCHIVE = "E_ARCHIVE"
+    """A DICOM archive, an object storage or a cluster that cannot be reached, or that refuses.
+
+    Comes of: a mistyped URL, a network or a server that is down, credentials that are missing or have run out, a
+        certificate that nobody vouches for.
+    To do: the message has the server's answer; docs/archive.md says where credentials and certificates are looked for.
+        When it is mended, the same command with --resume goes on.
     """
     NAN_LOSS = "E_NAN_LOSS"
     """The training loss became NaN or infinite.

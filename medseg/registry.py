@@ -28,7 +28,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from medseg.errors import Code, MedsegError, nearest
@@ -115,8 +115,14 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self.package}.{module.name}")
-        for plugin in entry_points(group=PLUGIN_GROUP):
+        for plugin in plugins():
             plugin.load()
+
+
+@functools.cache
+def plugins() -> tuple[EntryPoint, ...]:
+    """What other packages register. To find it, what every installed package states is read."""
+    return tuple(entry_points(group=PLUGIN_GROUP))
 
 
 def make_config(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 LEVEL = 0.95
 """Of intervals, and 1 - LEVEL of tests."""
@@ -113,6 +112,8 @@ def _bca(drawn: FloatArray, mean: float, without: FloatArray, level: float) -> t
     # Sums of floats differ in their last bits: what equals the mean is half below it, half above.
     near = np.isclose(drawn, mean, rtol=1e-12, atol=0)
     below = (np.count_nonzero((drawn < mean) & ~near) + np.count_nonzero(near) / 2) / len(drawn)
+    from scipy import stats  # half a second of imports, which only tables of results wait for
+
     bias = stats.norm.ppf(min(max(below, 1 / len(drawn)), 1 - 1 / len(drawn)))
     skew = without.mean() - without
     skew /= np.abs(skew).max()  # the acceleration has no unit; cubes of tiny numbers would be 0
@@ -167,6 +168,8 @@ def agreement(predicted: ArrayLike, reference: ArrayLike) -> Agreement:
     bias = float(differences.mean()) if n else math.nan
     if n < 2:
         return Agreement(bias, math.nan, math.nan, math.nan, math.nan, n)
+    from scipy import stats
+
     half = float(stats.norm.ppf((1 + LEVEL) / 2) * differences.std(ddof=1))
     varies = bool((np.ptp(pair, axis=0) > 0).all())
     pearson = float(stats.pearsonr(pair[:, 0], pair[:, 1]).statistic) if varies else math.nan
@@ -224,6 +227,8 @@ def paired_test(
     changed = per_patient[per_patient != 0]
     if not changed.size:
         return PairedTest(interval, 1.0, 0.0, 0, 0)
+    from scipy import stats
+
     ranks = stats.rankdata(np.abs(changed))
     effect = float((ranks * np.sign(changed)).sum() / ranks.sum())
     p = float(stats.wilcoxon(changed).pvalue)

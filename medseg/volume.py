@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
-import nibabel.orientations as nio
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -69,20 +69,20 @@ class Grid:
             raise MedsegError(
                 Code.AFFINE, "the affine does not fit the array", expected=(n + 1, n + 1), got=affine.shape
             )
-        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:n, :n])) < 1e-12:
+        determinant, cosine = _regularity(self._axes(), n) if np.isfinite(affine).all() else (0.0, 0.0)
+        if abs(determinant) < 1e-12:
             raise MedsegError(
                 Code.AFFINE,
                 "the affine is singular or not finite",
                 got=np.array2string(affine, precision=4),
                 remedy="repair the header with the position that the scanner recorded",
             )
-        cosines = self.direction.T @ self.direction - np.eye(n)
-        if np.abs(cosines).max() > SHEAR_TOLERANCE:
+        if cosine > SHEAR_TOLERANCE:
             raise MedsegError(
                 Code.SHEAR,
                 "the axes of the volume are not perpendicular",
                 expected=f"|cosine| at most {SHEAR_TOLERANCE}",
-                got=f"{np.abs(cosines).max():.4f}",
+                got=f"{cosine:.4f}",
                 remedy="resample the volume to a rectangular grid first",
             )
 
@@ -106,14 +106,13 @@ class Grid:
     @property
     def spacing_mm(self) -> tuple[float, ...]:
         """Voxel size along each array axis, in mm (1 pixel for pictures)."""
-        n = self.ndim
-        return tuple(float(s) for s in np.linalg.norm(self.affine[:n, :n], axis=0))
+        return _lengths(self._axes(), self.ndim)
 
     @property
     def direction(self) -> FloatArray:
         """(n, n) unit vectors of the array's axes in the world, as columns."""
         n = self.ndim
-        direction: FloatArray = self.affine[:n, :n] / np.linalg.norm(self.affine[:n, :n], axis=0)
+        direction: FloatArray = self.affine[:n, :n] / np.array(self.spacing_mm)
         return direction
 
     @property
@@ -121,7 +120,7 @@ class Grid:
         """The nearest anatomical direction of each array axis ("RAS", "SPL"); "" for pictures."""
         if self.is_picture:
             return ""
-        return "".join(nio.ornt2axcodes(_orientation_of(self.affine)))
+        return _orientation(self._axes(), self.ndim)
 
     def to_world(self, index: ArrayLike) -> FloatArray:
         """World coordinates of voxel centres. `index` has shape (..., n), in array order."""
@@ -149,6 +148,8 @@ class Grid:
             return f"frame {self.frame} against {other.frame}"
         if self.shape != other.shape:
             return f"shape {self.shape} against {other.shape}"
+        if np.array_equal(self.affine, other.affine):
+            return None
         distance = float(np.linalg.norm(self.corners() - other.corners(), axis=1).max())
         if distance <= tolerance_mm:
             return None
@@ -164,11 +165,15 @@ class Grid:
 
     def reoriented(self, orientation: str) -> Grid:
         """The same voxels with the array's axes permuted and flipped to `orientation`; pictures stay as they are."""
-        axes = self._axes_to(orientation)
-        affine = self.affine @ nio.inv_ornt_aff(axes, self.shape)
-        shape = np.empty(self.ndim, dtype=int)
-        shape[axes[:, 0].astype(int)] = self.shape
-        return Grid(tuple(int(s) for s in shape), affine, self.frame)
+        if self.is_picture or self.orientation == orientation:
+            return self
+        order, flipped = self._axes_to(orientation)
+        transform = np.zeros((self.ndim + 1, self.ndim + 1))
+        transform[-1, -1] = 1
+        for new, old in enumerate(order):
+            transform[old, new] = -1 if flipped[old] else 1
+            transform[old, -1] = self.shape[old] - 1 if flipped[old] else 0
+        return Grid(tuple(self.shape[old] for old in order), self.affine @ transform, self.frame)
 
     def resampled(self, shape: tuple[int, ...]) -> Grid:
         """The same box in space cut into `shape` voxels: outer voxel *edges* coincide, not centres."""
@@ -186,13 +191,13 @@ class Grid:
         affine[:-1, -1] = self.to_world([s.start for s in box])
         return Grid(tuple(s.stop - s.start for s in box), affine, self.frame)
 
-    def _axes_to(self, orientation: str) -> FloatArray:
-        """nibabel's orientation transform: row i = (new axis of array axis i, flip ±1)."""
-        if self.is_picture:
-            return np.stack([np.arange(self.ndim), np.ones(self.ndim)], axis=1)
-        return np.asarray(
-            nio.ornt_transform(_orientation_of(self.affine), nio.axcodes2ornt(orientation)), dtype=np.float64
-        )
+    def _axes(self) -> bytes:
+        """The axes in the world, as the caches below know them."""
+        return self.affine[: self.ndim, : self.ndim].tobytes()
+
+    def _axes_to(self, orientation: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """For each axis of a reoriented array the axis that it was, and for each axis of this one whether it flips."""
+        return _turn(self._axes(), self.ndim, orientation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,8 +233,13 @@ class Volume:
 
     def reoriented(self, orientation: str = MODEL_ORIENTATION) -> Volume:
         """Permute and flip the axes (a view, no copy) so that they run along `orientation`; pictures stay."""
-        array = _apply_axes(self.array, self.grid._axes_to(orientation), self.grid.ndim)
-        return replace(self, array=array, grid=self.grid.reoriented(orientation))
+        grid = self.grid.reoriented(orientation)
+        if grid is self.grid:
+            return self
+        order, flipped = self.grid._axes_to(orientation)
+        lead = self.array.ndim - grid.ndim
+        array = self.array[(slice(None),) * lead + tuple(slice(None, None, -1 if flip else 1) for flip in flipped)]
+        return replace(self, array=array.transpose(*range(lead), *(lead + old for old in order)), grid=grid)
 
     def oriented_as(self, grid: Grid) -> Volume:
         """Permute and flip the axes back to those of `grid`: the inverse of `reoriented`.
@@ -244,28 +254,52 @@ class Volume:
         return replace(self, array=result.array, grid=grid)
 
 
-def _orientation_of(affine: FloatArray) -> FloatArray:
-    """nibabel's orientation of an affine; the scans of a data set have few different ones, and asking takes 0.4 ms."""
-    n = len(affine) - 1
-    return _orientation_of_axes(affine[:n, :n].tobytes(), n)
+# The scans of a data set have few different axes, and looking at small matrices takes as long as at a small scan.
+@lru_cache(maxsize=1024)
+def _lengths(axes: bytes, n: int) -> tuple[float, ...]:
+    """Of each of n axes, the columns of a matrix in float64."""
+    return tuple(float(s) for s in np.linalg.norm(_matrix(axes, n), axis=0))
 
 
 @lru_cache(maxsize=1024)
-def _orientation_of_axes(axes: bytes, n: int) -> FloatArray:
+def _regularity(axes: bytes, n: int) -> tuple[float, float]:
+    """The determinant, and the largest |cosine| between two of the axes (0 where it is singular)."""
+    matrix = _matrix(axes, n)
+    determinant = float(np.linalg.det(matrix))
+    if abs(determinant) < 1e-12:
+        return determinant, 0.0
+    direction = matrix / np.linalg.norm(matrix, axis=0)
+    return determinant, float(np.abs(direction.T @ direction - np.eye(n)).max())
+
+
+def _matrix(axes: bytes, n: int) -> FloatArray:
+    return np.frombuffer(axes, dtype=np.float64).reshape(n, n)
+
+
+@lru_cache(maxsize=1024)
+def _orientation(axes: bytes, n: int) -> str:
+    """The nearest anatomical direction of each axis."""
+    import nibabel.orientations as nio
+
+    return "".join(nio.ornt2axcodes(_nearest(axes, n)))
+
+
+@lru_cache(maxsize=1024)
+def _turn(axes: bytes, n: int, orientation: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """See `Grid._axes_to`."""
+    import nibabel.orientations as nio
+
+    transform = nio.ornt_transform(_nearest(axes, n), nio.axcodes2ornt(orientation))
+    return tuple(int(old) for old in np.argsort(transform[:, 0])), tuple(bool(flip < 0) for flip in transform[:, 1])
+
+
+def _nearest(axes: bytes, n: int) -> NDArray[np.floating[Any]]:
+    """nibabel's orientation: row i = (world axis of array axis i, ±1)."""
+    import nibabel.orientations as nio
+
     affine = np.eye(n + 1)
-    affine[:n, :n] = np.frombuffer(axes, dtype=np.float64).reshape(n, n)
-    orientation = np.asarray(nio.io_orientation(affine), dtype=np.float64)
-    orientation.flags.writeable = False
-    return orientation
-
-
-def _apply_axes(array: NDArray[np.generic], axes: FloatArray, ndim: int) -> NDArray[np.generic]:
-    """Apply a nibabel orientation transform to the last `ndim` axes."""
-    lead = array.ndim - ndim
-    flips = tuple(slice(None, None, -1) if axes[i, 1] < 0 else slice(None) for i in range(ndim))
-    array = array[(slice(None),) * lead + flips]
-    order = np.argsort(axes[:, 0])
-    return array.transpose(*range(lead), *(lead + order))
+    affine[:n, :n] = _matrix(axes, n)
+    return np.asarray(nio.io_orientation(affine), dtype=np.float64)
 
 
 def _short(values: ArrayLike) -> str:

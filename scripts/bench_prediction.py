@@ -2,12 +2,15 @@
 """Time prediction with the same weights beside nnU-Net's predictor: network, export, memory, start.
 
     python scripts/make_peers.py                          once: the peers' own environment
-    python scripts/bench_prediction.py                    about an hour on 2 cores; prints the table
+    python scripts/bench_prediction.py                    all but options, about 25 minutes on 2 cores; prints
     python scripts/bench_prediction.py --write            and writes docs/benchmarks/prediction.md and .json
     python scripts/bench_prediction.py --only export      one part of several: --help
-    python scripts/bench_prediction.py --only ct --ct-size 96 --ct-width 8    a quick look
+    python scripts/bench_prediction.py --only ct --ct-size 128 --ct-rounds 1 --train-steps 2    a quick look
     python scripts/bench_prediction.py --only options --run RUN    what step, mirroring and precision cost, for a run
-                                                                   that was trained on the first 191 hippocampus cases
+                                                                   of bench_hippocampus.py's split
+    python scripts/bench_prediction.py --run RUN --write           everything
+
+What was measured before and is not asked for now keeps its numbers on the page: --write adds to the JSON file.
 
 A network of nnU-Net's is trained for a short while by this script, saved as nnU-Net saves it, and read by nnU-Net's
 predictor and, through `medseg convert`, by medseg. Both answer the same arrays with step 0.5 and eight mirrored
@@ -31,11 +34,13 @@ from typing import Any
 
 import make_peers
 from benchmark import environment, where
-from measure_prediction import DATA, NUM_CASES, NUM_CLASSES, scans_in, write_scans
+from measure_prediction import DATA, NUM_CASES, NUM_CLASSES, SETTINGS, scans_in, write_scans
+
+from medseg.statistics import bootstrap_means
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks" / "prediction.md"
-PARTS = ("hippocampus", "ct", "export", "start", "folder", "batch")
+PARTS = ("hippocampus", "ct", "export", "start", "folder", "batch", "options")
 TIME_BAR, AGREEMENT_BAR, OVERHEAD_BAR, EXPORT_BAR, RSS_BAR, START_BAR, FOLDER_BAR = 2.5, 0.999, 0.10, 10, 4.0, 3.0, 5.0
 FOLDER_CASES, ALONE_CASES = 100, 4
 
@@ -120,14 +125,16 @@ def same_weights(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_scans(folder, part, arguments.ct_size)
+        say(f"{part}: training a network of nnU-Net's for {arguments.train_steps} steps")
         peer(folder, "make", part, arguments.ct_width, arguments.train_steps)
         convert(folder)
         ours, theirs = [], []
-        for turn in range(arguments.rounds):
-            sides = [lambda: ours.append(measure(sys.executable, folder, "medseg", part, 0, 0)),
-                     lambda: theirs.append(peer(folder, "nnunet", part, 0, 0))]  # fmt: skip
-            for side in sides[:: 1 if turn % 2 == 0 else -1]:
-                side()
+        for turn in range(arguments.ct_rounds if part == "ct" else arguments.rounds):
+            sides = [("medseg", ours, lambda: measure(sys.executable, folder, "medseg", part, 0, 0)),
+                     ("nnunet", theirs, lambda: peer(folder, "nnunet", part, 0, 0))]  # fmt: skip
+            for name, found, measured in sides[:: 1 if turn % 2 == 0 else -1]:
+                found.append(measured())
+                say(f"{part}, round {turn + 1}: {name} {sum(found[-1]['seconds'].values()):.1f} s")
         equal, voxels, foreground, fired = 0, 0, 0, 0
         for case in scans_in(folder):
             mine, other = (np.load(folder / f"{side}_{case}.out.npy") for side in ("medseg", "nnunet"))
@@ -148,7 +155,8 @@ def same_weights(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     """The parts that were asked for."""
     found: dict[str, Any] = {}
-    for part in arguments.only or PARTS:
+    for part in arguments.only or (PARTS if arguments.run else PARTS[:-1]):
+        say(part)
         if part in ("hippocampus", "ct"):
             found[part] = same_weights(part, arguments)
         elif part == "export":
@@ -163,10 +171,26 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         elif part == "options":
             if arguments.run is None:
                 sys.exit("--only options needs --run RUN")
-            found[part] = measure(sys.executable, arguments.run, "options", "", 0, 0)
+            found[part] = options(arguments)
         print(f"{part}: {json.dumps(found[part])[:400]}", flush=True)
     facts = environment(("medseg", "torch"), ("nnunetv2", "torch"))
     return {"parts": found, "environment": facts}
+
+
+def options(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each setting in a fresh process; those that the run does not allow are left out."""
+    rows = []
+    for number, setting in enumerate(SETTINGS):
+        row = measure(sys.executable, arguments.run.absolute(), "options", "", number, arguments.option_cases)
+        outcome = row["left_out"] if "left_out" in row else f"Dice {row['dice']:.4f}, {row['seconds']:.1f} s"
+        say(f"options: {setting}: {outcome}")
+        rows += [] if "left_out" in row else [row]
+    return rows
+
+
+def say(line: str) -> None:
+    """How far it is, on the standard error."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr, flush=True)
 
 
 def least(rounds: list[dict[str, Any]]) -> list[float]:
@@ -224,8 +248,8 @@ def rows_of(parts: dict[str, Any]) -> list[tuple[str, str, str, str, bool]]:
 def page(results: dict[str, Any]) -> str:
     """The page in Markdown."""
     parts, facts = results["parts"], results["environment"]
-    some = "" if set(PARTS) <= set(parts) else "".join(f" --only {part}" for part in parts)
-    command = f"python scripts/bench_prediction.py{some} --write"
+    some = "" if {*PARTS[:-1]} <= set(parts) else "".join(f" --only {part}" for part in parts)
+    command = f"python scripts/bench_prediction.py{some}{' --run RUN' if 'options' in parts else ''} --write"
     lines = [
         "# Prediction beside nnU-Net's",
         "",
@@ -244,14 +268,19 @@ def page(results: dict[str, Any]) -> str:
         lines += [
             "## What the options cost",
             "",
-            "| step | mirroring | precision | Dice | seconds |",
-            "|---|---|---|---|---|",
+            "| step | mirroring | computed in | tiles and passes of a case | Dice | against the first row, 95 % "
+            "interval | seconds |",
+            "|---|---|---|---|---|---|---|",
         ]
+        first = parts["options"][0]["of_cases"]
         for row in parts["options"]:
-            mirror = "yes" if row.get("mirror") else "no"
-            cells = (row["step"], mirror, row["precision"], f"{row['dice']:.4f}", f"{row['seconds']:.1f}")
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        lines += ["", f"Mean Dice of {parts['options'][0]['cases']} hippocampus cases that the run has not seen.", ""]
+            change = bootstrap_means([[b - a] for a, b in zip(first, row["of_cases"], strict=True)])[0]
+            is_first = row is parts["options"][0]
+            against = "" if is_first else f"{change.mean:+.4f} ({change.low:+.4f} to {change.high:+.4f})"
+            cells = (row["step"], "yes" if row["mirror"] else "no", row["computed_in"], f"{row['passes']:.1f}")
+            lines.append(f"| {' | '.join(map(str, cells))} | {row['dice']:.4f} | {against} | {row['seconds']:.1f} |")
+        text = f"Mean Dice of {len(first)} hippocampus cases that the run has not seen, and seconds for all of them."
+        lines += ["", text, ""]
     lines += [
         *where(facts),
     ]
@@ -263,18 +292,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/prediction.md and .json")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes of each predictor; the least counts")
-    parser.add_argument("--only", action="append", choices=[*PARTS, "options"], help="one part; may be given again")
+    parser.add_argument("--ct-rounds", type=int, default=1, help="the same of the CT phantom, which takes minutes")
+    parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be given again")
     parser.add_argument("--ct-size", type=int, default=256, help="voxels of the CT phantom along each axis")
-    parser.add_argument(
-        "--ct-width", type=int, default=16, help="filters of the CT network's first stage (nnU-Net: 32)"
-    )
+    parser.add_argument("--ct-width", type=int, default=8, help="filters of the CT network's first stage (nnU-Net: 32)")
     parser.add_argument("--train-steps", type=int, default=60, help="steps of the short training of either network")
     parser.add_argument("--peer-classes", type=int, default=2, help="classes that nnU-Net exports; 41 needs 20 GiB")
-    parser.add_argument("--run", type=Path, help="for --only options: a run trained on hippocampus cases")
+    parser.add_argument("--run", type=Path, help="for options: a run of bench_hippocampus.py, mirrored if possible")
+    parser.add_argument("--option-cases", type=int, default=0, help="cases of options; 0 takes all that are set aside")
     arguments = parser.parse_args()
     if not DATA.is_dir():
         parser.error(f"there are no cases in {DATA}: set MEDSEG_DATA")
     results = bench(arguments)
+    if arguments.write and PAGE.with_suffix(".json").is_file():
+        before = json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))["parts"]
+        results["parts"] = {
+            part: (before | results["parts"])[part] for part in PARTS if part in before | results["parts"]
+        }
     text = page(results)
     if arguments.write:
         PAGE.write_text(text, encoding="utf-8")

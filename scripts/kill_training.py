@@ -64,6 +64,8 @@ class Tally:
     during_a_validation: int = 0
     fallbacks: int = 0
     """Resumptions from the previous checkpoint, because the latest one was damaged."""
+    damaged_bytes: int = 0
+    """Bytes of checkpoints that stood under their names and could not be read."""
     most_lost_steps: int = 0
     most_lost_seconds: float = 0.0
     most_over_the_interval_seconds: float = 0.0
@@ -130,6 +132,7 @@ def measure(folder: Path, kills: int, steps: int, moments: random.Random) -> dic
         "kills_during_a_save": tally.during_a_save,
         "kills_during_a_validation": tally.during_a_validation,
         "checkpoints_damaged": tally.fallbacks,
+        "checkpoint_bytes_damaged": tally.damaged_bytes,
         "save_interval_seconds": SAVE_SECONDS,
         "most_lost_seconds": round(tally.most_lost_seconds, 2),
         "most_lost_steps": tally.most_lost_steps,
@@ -170,6 +173,7 @@ def judge(sitting: Sitting, tally: Tally) -> None:
             read_checkpoint(checkpoint_path(run, "latest"))
         except MedsegError:
             tally.fallbacks += 1
+            tally.damaged_bytes += size_of(checkpoint_path(run, "latest"))
         try:
             counters = read_counters(run)
         except MedsegError as error:
@@ -181,6 +185,7 @@ def judge(sitting: Sitting, tally: Tally) -> None:
             read_checkpoint(checkpoint_path(run, "best"))
         except MedsegError as error:
             tally.failures.append(f"kill {tally.kills}: best: {error.message}")
+            tally.damaged_bytes += size_of(checkpoint_path(run, "best"))
     rows = [row for row in _history(run) if row["train_loss"]] if sitting.has_begun else []
     if not rows or int(rows[-1]["step"]) <= sitting.saved_step:
         tally.before_the_first_step += 1
@@ -196,6 +201,11 @@ def judge(sitting: Sitting, tally: Tally) -> None:
     tally.most_over_the_interval_seconds = max(tally.most_over_the_interval_seconds, over)
     if over > 0.1:
         tally.failures.append(f"kill {tally.kills}: {lost:.2f} s were lost, {over:.2f} s more than there should be")
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _start(data: Path, run: Path, steps: int) -> subprocess.Popen[bytes]:

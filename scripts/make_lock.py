@@ -4,10 +4,10 @@
 python scripts/make_lock.py              follow pyproject.toml; what is pinned and still fits stays as it is
 python scripts/make_lock.py --upgrade    take the newest version of everything
 
-Two files are written. `requirements.lock` holds what medseg runs with, its codecs included, for every Python and
-platform that medseg supports; torch in it is PyPI's build, which on Linux carries CUDA. `requirements-build.lock` holds
-what builds medseg's wheel and the packages that come as source only. pip takes them with --require-hashes, which
-refuses files with any other content.
+Two files are written. `requirements.lock` holds what medseg runs with, the extras of `EXTRAS` included, for every
+Python and platform that medseg supports; torch in it is PyPI's build, which on Linux carries CUDA.
+`requirements-build.lock` holds what builds medseg's wheel and the packages that come as source only. pip takes them
+with --require-hashes, which refuses files with any other content.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ RUNTIME, BUILD = ROOT / "requirements.lock", ROOT / "requirements-build.lock"
 BUILDERS = ("build", "setuptools")
 """Beside pyproject's own build system: the front end, and what packages that come as source (antlr4-python3-runtime, of
 Hydra) are built with."""
+EXTRAS = ("codecs", "dicomweb", "s3")
+"""Of medseg, in the image: a container is what predicts a hospital's archive."""
 OPTIONS = ("--universal", "--generate-hashes", "--no-config", "--custom-compile-command", "make lock")
 
 
@@ -54,7 +56,8 @@ def main() -> None:
     first = re.search(r">=\s*([\d.]+)", pyproject["project"]["requires-python"])
     if first is None:
         sys.exit("requires-python in pyproject.toml states no first version")
-    compile_lock(first[1], "pyproject.toml", RUNTIME, "--extra", "codecs", *upgrade)
+    extras = [option for extra in EXTRAS for option in ("--extra", extra)]
+    compile_lock(first[1], "pyproject.toml", RUNTIME, *extras, *upgrade)
     builders = "\n".join([*BUILDERS, *pyproject["build-system"]["requires"]])
     compile_lock(first[1], "-", BUILD, "--constraint", RUNTIME.name, *upgrade, given=builders)
     for path in (RUNTIME, BUILD):

@@ -39,10 +39,10 @@ MEANING = """\
   `python scripts/fuzz_readers.py --repeat FORMAT NUMBER`.
 - **Injected faults**: from the k-th operation on, the disk takes nothing any more. *Refused*: the verb ended with a
   status other than 0 and a message with a code; *handled*: it ended well all the same. Harm would be a file under its
-  final name that is not whole, a temporary file left behind, a message without a code, success without the outputs,
-  work that cannot go on, or results that differ from those without the fault.
+  final name that is not whole (its bytes are counted as lost), a temporary file left behind, a message without a code,
+  success without the outputs, work that cannot go on, or results that differ from those without the fault.
 - **Kills**: `medseg train` ended by SIGKILL at random times; each time a checkpoint must load, and no more may be lost
-  than was done since the last save.
+  than was done since the last save (`trainer.save_minutes`, here some seconds).
 - What is written line by line may end anywhere after a crash, and is read accordingly: `train.log`, event files of
   TensorBoard, `history.csv` (rows after the checkpoint are dropped on resume) and `predictions.jsonl` (a line that was
   cut counts as not there).
@@ -87,22 +87,41 @@ def summary(fuzz: dict[str, Any] | None, faults: dict[str, Any] | None, kills: d
     if fuzz is not None:
         tried = f"{sum(entry['inputs'] for entry in fuzz.values()):,} in {len(fuzz)} formats"
         failed = str(sum(len(entry["failures"]) for entry in fuzz.values()))
-    rows: list[list[object]] = [["damaged inputs read", tried, failed, f"`{FUZZ}`"]]
+    rows: list[list[object]] = [["damaged inputs read", tried, failed, "nothing: readers write nothing", f"`{FUZZ}`"]]
     tried = failed = NOT_MEASURED
     if faults is not None:
         tried = f"{sum(entry['faults'] for entry in faults['injected'].values()):,}"
         failed = str(sum(len(entry["harm"]) for entry in faults["injected"].values()))
-    rows.append(["disks full, read-only or failing", tried, failed, f"`{FAULTS}`"])
+    rows.append(["disks full, read-only or failing", tried, failed, lost_by_faults(faults), f"`{FAULTS}`"])
     tried = failed = NOT_MEASURED
     if faults is not None and faults["tests"]:
         results = list(faults["tests"].values())
         tried, failed = str(len(results) - results.count("skipped")), str(results.count("failed"))
-    rows.append(["tests of other faults", tried, failed, "`python -m pytest tests/test_faults.py`"])
+    rows.append(["tests of other faults", tried, failed, "", "`python -m pytest tests/test_faults.py`"])
+    tried = failed = NOT_MEASURED
+    if kills is not None:
+        tried, failed = str(kills["kills"]), str(kills["failures"])
+    rows.append(["kills of a training", tried, failed, lost_by_kills(kills), f"`{KILLS}`"])
+    return table(["what", "tried", "did harm", "finished work lost", "again by"], rows)
+
+
+def lost_by_faults(faults: dict[str, Any] | None) -> str:
+    """Bytes under final names that were not whole after a fault, which are those of the faults that did harm."""
+    if faults is None:
+        return NOT_MEASURED
+    return f"{sum(entry.get('lost_bytes', 0) for entry in faults['injected'].values()):,} bytes"
+
+
+def lost_by_kills(kills: dict[str, Any] | None) -> str:
+    """Bytes of checkpoints that could not be read again, and the steps that were done since the last save."""
     if kills is None:
-        rows.append(["kills of a training", NOT_MEASURED, NOT_MEASURED, f"`{KILLS}`"])
-    else:
-        rows.append(["kills of a training", kills["kills"], kills["failures"], f"`{KILLS}`"])
-    return table(["what", "tried", "did harm", "again by"], rows)
+        return NOT_MEASURED
+    # Figures of before bytes were counted say how many checkpoints were damaged.
+    found = kills.get("checkpoint_bytes_damaged", 0 if not kills.get("checkpoints_damaged") else "some")
+    text = f"{found} bytes of what was saved"
+    if "most_lost_steps" in kills:
+        text += f"; at most {kills['most_lost_steps']} steps ({kills['most_lost_seconds']} s) since the last save"
+    return text
 
 
 def fuzz_table(fuzz: dict[str, Any] | None) -> str:

@@ -259,35 +259,63 @@ def batch() -> dict[str, float]:
     return {size: min(times) for size, times in found.items()}
 
 
-def options(run: Path) -> list[dict[str, Any]]:
-    """Mean Dice and seconds of a run on the last hippocampus cases with other steps, mirroring and precision."""
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"step": 0.5, "mirror": False, "precision": "auto"},
+    {"step": 0.75, "mirror": False, "precision": "auto"},
+    {"step": 1.0, "mirror": False, "precision": "auto"},
+    {"step": 0.5, "mirror": True, "precision": "auto"},
+    {"step": 0.75, "mirror": True, "precision": "auto"},
+    {"step": 0.5, "mirror": False, "precision": "fp32"},
+)
+"""What `options` tries; the first is what `medseg predict` does unless told otherwise."""
+
+
+def options(run: Path, number: int, num_cases: int) -> dict[str, Any]:
+    """Mean Dice and seconds of a run with one of `SETTINGS` on the hippocampus cases that `bench_hippocampus.py` sets
+    aside: a run of its split has never seen them.
+
+    Args:
+        run: with mirroring (`augment.mirror_axes`), or else what mirrors is left out.
+        number: of the setting.
+        num_cases: how many of them; 0 takes all.
+    """
     import numpy as np
+    from bench_hippocampus import is_test
 
     from medseg import Predictor
+    from medseg.errors import MedsegError
     from medseg.formats import open_label
     from medseg.metrics.case import measure_case
 
-    cases = sorted((DATA / "images").glob("*.nii.gz"))[191:231] or sorted((DATA / "images").glob("*.nii.gz"))[-40:]
-    found = []
-    settings: list[dict[str, Any]] = [{"step": step, "mirror": False, "precision": "auto"} for step in (0.5, 0.75, 1.0)]
-    settings += [{"step": 0.5, "mirror": True, "precision": "auto"}, {"step": 0.5, "precision": "fp32"}]
-    for setting in settings:
-        try:
-            predictor = Predictor.load(run, **setting)
-        except Exception as error:  # a run that was trained without mirroring
-            print(f"{setting}: {error}", file=sys.stderr)
-            continue
-        labels, dice, seconds = predictor.ensemble.info.labels, [], 0.0
-        for path in cases:
-            begin = time.perf_counter()
-            got = predictor(path)
-            seconds += time.perf_counter() - begin
-            truth = labels.to_index(open_label(DATA / "labels" / path.name).array)
-            indices = np.asarray(got.indices.array)
-            rows = measure_case(indices, truth, got.indices.grid, num_classes=labels.num_classes, names=["dice"])
-            dice.append([row.values["dice"] for row in rows])
-        found.append({**setting, "dice": float(np.nanmean(dice)), "seconds": seconds, "cases": len(cases)})
-    return found
+    cases = [path for path in sorted((DATA / "images").glob("*.nii.gz")) if is_test(path.name.removesuffix(".nii.gz"))]
+    cases = cases[: num_cases or None]
+    setting = SETTINGS[number]
+    try:
+        predictor = Predictor.load(run, **setting)
+    except MedsegError as error:  # trained without mirroring
+        return {**setting, "left_out": error.message}
+    predictor(cases[0])  # what the first call sets up is not counted
+    labels, dice, seconds, passes = predictor.ensemble.info.labels, [], 0.0, 0
+    for one in predictor.ensemble.predictors:
+        forward = one.model.forward
+
+        def counted(x: Any, forward: Any = forward) -> Any:
+            nonlocal passes
+            passes += len(x)
+            return forward(x)
+
+        one.model.forward = counted
+    for path in cases:
+        begin = time.perf_counter()
+        got = predictor(path)
+        seconds += time.perf_counter() - begin
+        truth = labels.to_index(open_label(DATA / "labels" / path.name).array)
+        indices = np.asarray(got.indices.array)
+        rows = measure_case(indices, truth, got.indices.grid, num_classes=labels.num_classes, names=["dice"])
+        dice.append(float(np.nanmean([row.values["dice"] for row in rows])))
+    precision = predictor.ensemble.predictors[0].config.precision
+    return {**setting, "computed_in": precision, "dice": float(np.mean(dice)), "of_cases": dice, "seconds": seconds,
+            "passes": passes / len(cases)}  # fmt: skip
 
 
 def main() -> None:
@@ -301,7 +329,7 @@ def main() -> None:
     elif what == "batch":
         print(json.dumps(batch()))
     elif what == "options":
-        print(json.dumps(options(Path(where))))
+        print(json.dumps(options(Path(where), int(number), int(steps))))
     else:
         print(json.dumps((predict_medseg if what == "medseg" else predict_nnunet)(Path(where), part)))
 

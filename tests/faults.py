@@ -15,8 +15,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -28,12 +30,14 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import yaml
-from dicom_images import make as make_slices
+from dicom_phantom import GTV, write_series
 from fuzz_formats import SMALL, make_run, write_cases
 from PIL import Image
 from safetensors import safe_open
 
 from medseg.cli import main
+from medseg.formats import read_grid, write_label
+from medseg.volume import Volume
 
 HIDDEN = re.compile(r"\.[0-9a-f]{32}")
 """Beginning of the temporary names that medseg gives to what it has not finished."""
@@ -127,6 +131,8 @@ class FaultyDisk:
         with ExitStack() as stack:
             for module in (builtins, io):
                 stack.enter_context(patch.object(module, "open", opened))
+            # Else the system copies files itself, past `write`.
+            stack.enter_context(patch.object(shutil, "_USE_CP_SENDFILE", False))
             for name, replacement in (("open", os_opened), ("write", written), ("mkdir", made), ("replace", renamed)):
                 stack.enter_context(patch.object(os, name, replacement))
             yield self
@@ -192,6 +198,11 @@ def _check_picture(path: Path) -> None:
         picture.load()
 
 
+def _check_archive(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+
+
 def _check_yaml(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
 
@@ -205,6 +216,7 @@ CHECKS: dict[str, Callable[[Path], object]] = {
     ".png": _check_picture,
     ".safetensors": _check_weights,
     ".html": _check_page,
+    ".zip": _check_archive,
 }
 """Ending → what reads a whole file of it."""
 
@@ -233,12 +245,16 @@ class Materials:
     Args:
         data: a data set of four cases.
         run: trained on it.
+        other: another run, trained on it.
         series: a DICOM series.
+        label: drawn on the series.
     """
 
     data: Path
     run: Path
+    other: Path
     series: Path
+    label: Path
 
 
 def materials(folder: Path) -> Materials:
@@ -246,9 +262,14 @@ def materials(folder: Path) -> Materials:
     made = folder / "made"
     make_run(made)
     (made / "run" / "folds.json").unlink()
+    shutil.copytree(made / "run", made / "other")
     write_cases(folder / "data")
-    make_slices(folder / "series")
-    return Materials(folder / "data", made / "run", folder / "series")
+    write_series(folder / "series", 0, [GTV])
+    grid = read_grid(folder / "series")
+    label = np.zeros(grid.shape, np.uint8)
+    label[1:3, 1:3, 1:4] = 1
+    write_label(folder / "drawn.nii.gz", Volume(label, grid), {1: "tumour"})
+    return Materials(folder / "data", made / "run", made / "other", folder / "series", folder / "drawn.nii.gz")
 
 
 def _train(disk: Path, given: Materials) -> list[str]:
@@ -279,6 +300,27 @@ def _convert(disk: Path, given: Materials) -> list[str]:
     return ["convert", str(given.series), str(disk / "scan.nii.gz")]
 
 
+def _draw(kind: str) -> Callable[[Path, Materials], list[str]]:
+    def command(disk: Path, given: Materials) -> list[str]:
+        target = disk / f"drawn.{kind}.dcm"
+        return ["convert", str(given.label), str(target), "--image", str(given.series), "--labels", "{tumour: 1}"]
+
+    return command
+
+
+def _export(name: str) -> Callable[[Path, Materials], list[str]]:
+    return lambda disk, given: ["export", str(given.run), "-o", str(disk / name)]
+
+
+def _select(disk: Path, given: Materials) -> list[str]:
+    runs = [str(given.run), str(given.other)]
+    return ["select", *runs, "-o", str(disk / "best"), "--data", str(given.data), "--device", "cpu"]
+
+
+def _select_again(disk: Path, given: Materials) -> list[str]:
+    return [*_select(disk, given), "--overwrite"]
+
+
 SCENARIOS: dict[str, Scenario] = {
     "train": Scenario(
         _train,
@@ -294,16 +336,32 @@ SCENARIOS: dict[str, Scenario] = {
     "evaluate": Scenario(_evaluate, _evaluate, ("scores/metrics.json", "scores/summary.csv"), ("scores/metrics.csv",)),
     "plan": Scenario(_plan, _plan, ("plan/plan.yaml", "plan/survey.json"), ("plan/survey.json",)),
     "convert": Scenario(_convert, _convert, ("scan.nii.gz",), ("scan.nii.gz",)),
+    "convert to SEG": Scenario(_draw("seg"), _draw("seg"), ("drawn.seg.dcm",)),
+    "convert to RTSTRUCT": Scenario(_draw("rtstruct"), _draw("rtstruct"), ("drawn.rtstruct.dcm",)),
+    "export": Scenario(_export("model.zip"), _export("model.zip"), ("model.zip",)),
+    "export to a folder": Scenario(
+        _export("model"),
+        _export("model"),
+        ("model/manifest.json", "model/checkpoints/best.safetensors"),
+        ("model/bundle.json", "model/checkpoints/best.safetensors"),
+    ),
+    "select": Scenario(
+        _select,
+        _select_again,
+        ("best/ensemble.json", "best/selection.md", "best/validation/predictions.json", "best/postprocessing.json"),
+        ("best/selection.json",),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a fault led to: exit status, what was said, and what is wrong (nothing, if all is well)."""
+    """What a fault led to: exit status, what was said, what is wrong if anything is, bytes of files that are broken."""
 
     status: int
     said: str
     wrong: tuple[str, ...]
+    lost_bytes: int = 0
 
 
 def call(arguments: Sequence[str]) -> tuple[int, str]:
@@ -363,7 +421,9 @@ def inject(
         wrong.append("it claims success without its outputs")
     if status != 0 and not re.search(r"\bE_[A-Z_]+\b", said):
         wrong.append("no code in what it says")
-    wrong += unfinished(disk)
+    broken = unfinished(disk)
+    lost = sum((disk / line.partition(": ")[0]).stat().st_size for line in broken)
+    wrong += broken
     if status != 0:
         again, said_again = call(scenario.again(disk, given))
         if again:
@@ -373,4 +433,4 @@ def inject(
     for name in scenario.same:
         if not wrong and (disk / name).read_bytes() != (reference / name).read_bytes():
             wrong.append(f"another content: {name}")
-    return Outcome(status, said, tuple(wrong))
+    return Outcome(status, said, tuple(wrong), lost)

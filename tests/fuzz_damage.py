@@ -8,6 +8,7 @@ elements of DICOM data sets, members of archives.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -269,6 +270,34 @@ def damaged_zip(data: bytes, rng: Random, inside: Damage = damaged_bytes) -> byt
             else:
                 target.writestr(name, inside(content, rng))
     return written.getvalue()
+
+
+def damaged_model(data: bytes, rng: Random) -> bytes:
+    """A bundle's zip: bytes, names, or the content of a member, whose size and SHA-256 may stand in the manifest."""
+    if rng.random() < 0.3:
+        return damaged_zip(data, rng)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    victim = rng.choice(sorted(members))
+    members[victim] = damaged_member(victim, members[victim], rng)
+    if victim != "manifest.json" and rng.random() < 0.7:  # as a stranger would
+        manifest = json.loads(members["manifest.json"])
+        content = members[victim]
+        manifest["files"][victim] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        members["manifest.json"] = json.dumps(manifest).encode()
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, content in members.items():
+            target.writestr(name, content)
+    return written.getvalue()
+
+
+def damaged_member(name: str, data: bytes, rng: Random) -> bytes:
+    """A file of a bundle, by the ending of its name."""
+    ending = name.rpartition(".")[2]
+    return {"json": damaged_json, "yaml": damaged_yaml, "safetensors": damaged_checkpoint}.get(ending, damaged_text)(
+        data, rng
+    )
 
 
 def damaged_dicom(data: bytes, rng: Random) -> bytes:

@@ -27,6 +27,7 @@ from fuzz_damage import (
     damaged_gzip,
     damaged_json,
     damaged_lines,
+    damaged_model,
     damaged_png,
     damaged_text,
     damaged_yaml,
@@ -38,6 +39,7 @@ from rich.console import Console
 
 from medseg.config import compose, resumed
 from medseg.data.cases import find_cases, find_inputs, load_image, load_label_values
+from medseg.data.facts import CaseInfo, ChannelStats, read_survey
 from medseg.errors import MedsegError
 from medseg.formats import Reading, find_series, open_label, open_volume, read_grid, write_image, write_label
 from medseg.labels import Labels
@@ -403,12 +405,65 @@ def _resume(run: Path) -> None:
     resume_latest(run, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), None)
 
 
+def make_archives(folder: Path) -> None:
+    """Bundles as zips, of a run, of folds and of an ensemble."""
+    from medseg.inference.packing import export_bundle
+
+    for name, run in _models(folder).items():
+        (folder / name).mkdir()
+        export_bundle(run, folder / name / "model.zip")
+
+
+def make_manifests(folder: Path) -> None:
+    """Bundles as folders, and a run that is done."""
+    from medseg.inference.packing import export_bundle
+
+    runs = _models(folder)
+    for name, run in runs.items():
+        export_bundle(run, folder / name)
+    shutil.copytree(runs["run"], folder / "done")
+
+
+def _models(folder: Path) -> dict[str, Path]:
+    made = folder.parent / "models"
+    make_ensemble(made)
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"run": made / "ensemble" / "one", "ensemble": made / "ensemble", "folds": made / "folds"}
+
+
+def read_model(folder: Path) -> None:
+    """A bundle or a run, as the verbs that take a MODEL do."""
+    from medseg.bundle import load_bundle, opened
+    from medseg.inference.members import configurations_of, is_model, load_members
+    from medseg.inference.packing import export_bundle
+    from medseg.inference.postprocess import PostProcessing
+    from medseg.inference.verification import verify
+
+    model = folder / "model.zip" if (folder / "model.zip").is_file() else folder
+    again = folder.parent / "again.zip"
+
+    def post_processing() -> None:
+        for configuration in configurations_of(model):
+            for bundle in load_members(configuration):
+                PostProcessing.read(opened(model), bundle.info.labels)
+
+    attempt(
+        lambda: is_model(model),
+        lambda: verify(model).to_json(),
+        post_processing,
+        lambda: load_bundle(model),
+        lambda: export_bundle(model, again),
+    )
+    again.unlink(missing_ok=True)
+
+
 def read_run_tables(folder: Path) -> None:
     from medseg.bundle import BundleInfo
     from medseg.inference.manifest import Manifest
     from medseg.inference.postprocess import PostProcessing
     from medseg.reports.browse import cases_table, data_of, find_runs, read_evaluation
     from medseg.reports.comparison import compare, read_metrics
+    from medseg.training.changes import changed
     from medseg.training.class_weights import with_class_weights
     from medseg.training.folds import read_folds
     from medseg.training.initial import seen_before
@@ -417,6 +472,8 @@ def read_run_tables(folder: Path) -> None:
     from medseg.data.splits import Split, read_split
 
     split = Split(("c0",), ("c1",), (), "")
+    stats = ChannelStats(0.0, 9.0, 4.0, 1.0, 0.0, 4.0, 9.0, 5)
+    case = CaseInfo("c0", GRID.shape, GRID.spacing_mm, "RAS", None, (3000, 300, 80), (stats,), GRID.shape)
     attempt(
         lambda: PostProcessing.read(folder, labels),
         lambda: read_folds(folder),
@@ -426,6 +483,7 @@ def read_run_tables(folder: Path) -> None:
         lambda: data_of(folder),
         lambda: find_runs(folder.parent),
         lambda: seen_before(folder, split, "x"),
+        lambda: changed(read_survey(folder / "survey.json"), [case]),
         lambda: with_class_weights({"class_weights": "auto"}, labels, folder / "survey.json", {"c0", "c1"}),
         lambda: [*Manifest(folder / "predicted", "m", {}).rows()],
         lambda: Manifest(folder / "predicted", "m", {}).records(),
@@ -542,6 +600,8 @@ FORMATS: dict[str, Format] = {
          "folds.json": damaged_json},
         read_bundle,
     ),
+    "archive": Format(make_archives, {".zip": damaged_model}, read_model),
+    "manifest": Format(make_manifests, {"manifest.json": damaged_json}, read_model),
     "run": Format(
         make_run,
         {"folds.json": damaged_json, "split.json": damaged_json, "survey.json": damaged_json,

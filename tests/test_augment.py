@@ -397,3 +397,19 @@ def test_bad_settings() -> None:
         AugmentConfig(blur=(0.0, 1.0))
     with pytest.raises(MedsegError, match="smaller than the patch"):
         AugmentConfig(low_resolution=(0.5, 1.5))
+
+
+def test_the_strong_option_moves_most_samples() -> None:
+    from medseg.config import compose
+
+    moved = {}
+    for option in ("default", "strong"):
+        config = compose("train", [f"augment={option}"]).augment
+        turn = Augmenter(
+            config, patch_size=(12, 12, 12), spacing_mm=(1.0,) * 3, is_picture=False, mirroring=Mirroring(), seed=0
+        )
+        moves = [turn.mover.moves(Draws(0, step), 2) for step in range(200)]
+        moved[option] = np.mean([move.matrix is not None for of_step in moves for move in of_step])
+        image, label = turn(torch.randn(2, 1, 12, 12, 12), torch.ones(2, 12, 12, 12, dtype=torch.uint8), 0)
+        assert image.isfinite().all() and set(label.unique().tolist()) <= {0, 1}
+    assert moved["default"] == pytest.approx(0.36, abs=0.07) and moved["strong"] == pytest.approx(0.75, abs=0.07)

@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peak import peak_bytes
+from safetensors.torch import save
 
 from medseg.bundle import BundleInfo, checkpoint_path, load_bundle, read_checkpoint, write_atomically, write_checkpoint
+from medseg.bundle.checkpoint import digest_of_tensors
+from medseg.bundle.manifest import Manifest, write_manifest
 from medseg.errors import MedsegError
+from medseg.inference.packing import export_bundle
+from medseg.inference.verification import Status, verify
 
 
 def copy_of(run: Path, target: Path) -> Path:
@@ -73,12 +79,56 @@ def test_weights_of_another_network_are_refused(tiny_run, tmp_path: Path) -> Non
         load_bundle(run)
 
 
-@pytest.mark.parametrize("damage", ["{", '{"format": 99}', "{}", "[]"])
+@pytest.mark.parametrize("damage", ["{", '{"format": "99"}', '{"format": true}', "{}", "[]"])
 def test_damaged_descriptions(tiny_run, tmp_path: Path, damage: str) -> None:
     run = copy_of(tiny_run.run, tmp_path)
     (run / "bundle.json").write_text(damage)
     with pytest.raises(MedsegError, match="E_RUN"):
         load_bundle(run)
+
+
+def test_what_another_version_wrote_is_not_called_damaged(tiny_run, tmp_path: Path) -> None:
+    run = copy_of(tiny_run.run, tmp_path)
+    whole = (run / "bundle.json").read_text()
+    (run / "bundle.json").write_text('{"format": 99, "medseg": "9.1"}')
+    with pytest.raises(MedsegError, match=r"(?s)E_VERSION: this was written.*bundle.json.*format 99 of medseg 9.1"):
+        load_bundle(run)
+    (run / "bundle.json").write_text(whole)
+    (run / "manifest.json").write_text('{"format": 2, "kind": "run"}')
+    with pytest.raises(MedsegError, match="E_VERSION"):
+        Manifest.read(run)
+    (run / "manifest.json").unlink()
+
+    path = checkpoint_path(run, "best")
+    tensors, metadata = read_checkpoint(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medseg.bundle.checkpoint.FORMAT", 7)
+        write_checkpoint(path, tensors, metadata)
+    with pytest.raises(MedsegError, match=r"(?s)E_VERSION.*best.safetensors.*format 1.*format 7 of medseg"):
+        load_bundle(run)
+    text = json.dumps(metadata)
+    stated = {"json": text, "sha256": digest_of_tensors(tensors, text)}
+    path.write_bytes(save(tensors, stated))
+    assert load_bundle(run).info.labels.num_classes == 6, "a checkpoint of before formats were written down"
+    path.write_bytes(save(tensors, {**stated, "format": "x"}))
+    with pytest.raises(MedsegError, match="E_CHECKPOINT: the checkpoint is damaged"):
+        load_bundle(run)
+
+
+@pytest.mark.parametrize("setting", ["num_convolutions", "num_decoder_convolutions", "num_blocks"])
+def test_a_billion_convolutions_are_refused_before_they_are_listed(tiny_run, tmp_path: Path, setting: str) -> None:
+    run = copy_of(tiny_run.run, tmp_path)
+    (run / "manifest.json").unlink()
+    description = json.loads((run / "bundle.json").read_text())
+    model = description["model"]
+    if setting != "num_convolutions":
+        model = {"name": "residual_encoder_unet", "widths": model["widths"]}
+    model[setting] = [10**9] * len(model["widths"]) if setting == "num_blocks" else 10**9
+    (run / "bundle.json").write_text(json.dumps({**description, "model": model}))
+    before = peak_bytes()
+    with pytest.raises(MedsegError, match="(?s)E_CONFIG.*at most 100"):
+        load_bundle(run)
+    assert peak_bytes() - before < 100e6
 
 
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +138,31 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(MedsegError, match=r"(?s)E_OUTPUT.*No space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_bundle_without_its_manifest_is_refused(tiny_run, tmp_path: Path) -> None:
+    """A run in training has none either, and is opened."""
+    folder = tmp_path / "model"
+    export_bundle(tiny_run.run, folder)
+    load_bundle(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(MedsegError, match="E_MISSING: the bundle has lost its manifest"):
+        load_bundle(folder)
+    (wrong,) = (finding for finding in verify(folder).findings if finding.status is Status.WRONG)
+    assert wrong.name == "bundle.json" and "lost its manifest" in wrong.detail
+    run = copy_of(tiny_run.run, tmp_path)
+    (run / "manifest.json").unlink()
+    load_bundle(run)
+    assert verify(run).is_ok
+
+    home = tmp_path / "folds"  # a fold of a bundle, named by itself
+    home.mkdir()
+    folder.rename(home / "fold_0")
+    write_manifest(home, kind="bundle", trainings={}, made={})
+    plan = home / "fold_0" / "plan.yaml"
+    whole = plan.read_bytes()
+    plan.write_bytes(whole + b"# changed\n")
+    with pytest.raises(MedsegError, match="E_CHECKPOINT: the bundle is not what its manifest says"):
+        load_bundle(home / "fold_0")
+    plan.write_bytes(whole)
+    load_bundle(home / "fold_0")

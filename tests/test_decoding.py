@@ -28,6 +28,12 @@ def logits_of(num: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     return (3 * torch.randn((num, *shape), generator=torch.Generator().manual_seed(1))).to(dtype)
 
 
+def opinions(logits: torch.Tensor, labels: Labels, disagreement: float = 0.0) -> torch.Tensor:
+    """The channels of a network: logits, probabilities, and how much of their entropy is disagreement."""
+    shares = logits.sigmoid() if labels.regions else logits.softmax(0)
+    return torch.cat([logits, shares, torch.full_like(logits[:1], disagreement)])
+
+
 def in_pieces(logits: torch.Tensor, sizes: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
     """As the window gives them: each piece is overwritten when the next is asked for."""
     first = 0
@@ -58,19 +64,23 @@ def test_probabilities_and_uncertainty(labels: Labels, orientation: str) -> None
     covered = scan.reoriented(orientation)
     logits = logits_of(labels.num_outputs, (8, 9, 10))
     decoding = Decoding(labels, covered, scan, MORE)
-    decoding.fill_resampled([(0, logits)], 8)
+    decoding.fill_resampled([(0, opinions(logits, labels, 0.125))], 8)
     full = resample(logits, covered.shape)
     expected = full.sigmoid() if labels.regions else full.softmax(0)
     turned = Volume(expected.numpy(), covered).oriented_as(scan).array
     assert decoding.probabilities is not None and decoding.uncertainty is not None
     assert decoding.probabilities.array.dtype == np.float16 and decoding.probabilities.grid is scan
     np.testing.assert_allclose(decoding.probabilities.array, turned, atol=1e-3)
-    parts = [expected, 1 - expected] if labels.regions else [expected]
+    mean = resample(opinions(logits, labels)[labels.num_outputs : -1], covered.shape)
+    parts = [mean, 1 - mean] if labels.regions else [mean]
     entropy = -sum((p * p.clamp(min=1e-30).log()).sum(0) for p in parts)
-    share = entropy / (2 * np.log(2) if labels.regions else np.log(5))
+    largest = 2 * np.log(2) if labels.regions else np.log(5)
+    share = entropy / largest
     np.testing.assert_allclose(
         decoding.uncertainty.array, Volume(share.numpy(), covered).oriented_as(scan).array, atol=1e-3
     )
+    assert decoding.disagreement is not None and decoding.disagreement.grid is scan
+    np.testing.assert_allclose(decoding.disagreement.array, 0.125 / largest, atol=1e-3)
     plain = decode(logits, covered, labels, scan)
     assert np.array_equal(decoding.indices.array, plain.array)  # labels are the same, whatever else is wanted
 
@@ -79,7 +89,7 @@ def test_uncertainty_goes_from_none_to_all() -> None:
     grid = Grid((4, 4, 4), np.eye(4))
     for logits, expected in ((torch.zeros(5), 1.0), (torch.tensor([0.0, 90, 0, 0, 0]), 0.0)):
         decoding = Decoding(LABELS, grid, grid, MORE)
-        decoding.fill_resampled([(0, logits.view(5, 1, 1, 1).expand(5, 2, 2, 2))], 2)
+        decoding.fill_resampled([(0, opinions(logits.view(5, 1, 1, 1).expand(5, 2, 2, 2), LABELS))], 2)
         assert decoding.uncertainty is not None
         np.testing.assert_allclose(decoding.uncertainty.array, expected, atol=1e-3)
 
@@ -89,7 +99,7 @@ def test_outside_a_crop_it_is_background_for_certain() -> None:
     part = scan.boxed((slice(2, 9), slice(0, 10), slice(3, 7)))
     logits = torch.tensor([0.0, 9, 0, 0, 0]).view(5, 1, 1, 1).expand(5, 7, 10, 4)
     decoding = Decoding(LABELS, part, scan, MORE)
-    decoding.fill_resampled([(0, logits)], 7)
+    decoding.fill_resampled([(0, opinions(logits, LABELS))], 7)
     inside = np.zeros(scan.shape, dtype=bool)
     inside[2:9, :, 3:7] = True
     assert decoding.probabilities is not None and decoding.uncertainty is not None

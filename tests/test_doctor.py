@@ -18,6 +18,7 @@ from pydicom.uid import JPEGLosslessSV1, RLELossless
 
 import medseg
 from medseg.bundle import write_manifest
+from medseg.bundle.manifest import Manifest
 from medseg.cli import main
 from medseg.diagnosis import Check, Diagnosis, Status, diagnose, hardware, places, software
 from medseg.diagnosis.check import in_short
@@ -138,6 +139,11 @@ def test_revision_of_a_checkout_its_worktrees_and_packed_references(
     assert revision() == "f" * 40
     (tree / "HEAD").unlink()
     assert revision() is None
+    assert environment()["revision"] == "unknown"
+    monkeypatch.setattr(medseg, "__file__", str(tmp_path / "site" / "medseg" / "__init__.py"))
+    (tmp_path / "site" / "medseg").mkdir(parents=True)
+    (tmp_path / "site" / "medseg" / "revision.txt").write_text(f"{commit}\n")
+    assert revision() == commit and environment()["revision"] == commit, "a package that was built of it"
 
 
 def test_a_package_that_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,3 +328,11 @@ def test_errors_are_told_without_the_home_folder() -> None:
     error = OSError(f"{Path.home()}/lib/x.so: undefined symbol\nand more")
     assert in_short(error) == "OSError: ~/lib/x.so: undefined symbol"
     assert in_short(ValueError()) == "ValueError"
+
+
+def test_the_manifest_of_a_run_holds_the_table_of_a_bug_report(tiny_run) -> None:
+    made, here = Manifest.read(tiny_run.run).made, diagnose(tiny_run.run.parent, "cpu").record()
+    assert [check["name"] for check in made["checks"]] == [check["name"] for check in here["checks"]]
+    assert all(check.keys() == {"name", "status", "found", "remedy"} for check in made["checks"])
+    assert made["environment"].keys() == here["environment"].keys() >= {"medseg", "revision", "torch"}
+    assert str(tiny_run.run.parent.parent) not in json.dumps(made)

@@ -111,6 +111,7 @@ def test_a_run_with_a_scan_is_looked_into(tiny_run, tmp_path, capsys):
     text = capsys.readouterr().out
     content = json.loads((out / "layers.json").read_text())
     assert content["total"]["effective_field"] > 1
+    assert content["effective_on"] == "scan" and "effective, in this scan" in text
     assert all("effective_field" in stage for stage in content["stages"])
     expected = {
         "architecture.svg", "effective_field.png", "filters.png", "image.png", "layers.json", "shifts.json",
@@ -127,6 +128,18 @@ def test_a_run_with_a_scan_is_looked_into(tiny_run, tmp_path, capsys):
     assert "translation equivariance" in text
     assert "why background is seen" in text
     assert str(tiny_run.data.parent) not in (out / "architecture.svg").read_text()
+
+
+def test_effective_fields_are_those_of_the_scan(tiny_run, capsys, tmp_path):
+    """Not of noise, of which they are where there is no scan; and of the place that is looked at."""
+    fields = []
+    for options in ((), ("--image", tiny_run.dicom), ("--image", tiny_run.dicom, "--at", "1,1,1")):
+        folder = ("-o", tmp_path) if options else ()
+        inspect(tiny_run.run, "--effective", "--json", "--show", "filters", *options, *folder)
+        content = json.loads(capsys.readouterr().out)
+        assert content["effective_on"] == ("scan" if options else "noise")
+        fields.append([stage["effective_field"] for stage in content["stages"]])
+    assert fields[0] != fields[1] != fields[2] != fields[0]
 
 
 def test_a_run_alone_shows_its_filters(tiny_run, tmp_path, capsys):

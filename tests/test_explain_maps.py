@@ -11,9 +11,11 @@ from medseg.errors import Code, MedsegError
 from medseg.explain.effective import effective_field
 from medseg.explain.equivariance import shift_table
 from medseg.explain.excitation import LARGEST, most_exciting
-from medseg.explain.maps import feature_maps, first_filters, plane
+from medseg.explain.layers import layer_table
+from medseg.explain.maps import feature_maps, first_filters, map_places, plane
 from medseg.explain.pictures import filter_grid, heat_map, image_grid, map_grid, save_picture
 from medseg.explain.saliency import answered, grad_cam, gradient_saliency, occlusion_saliency
+from medseg.explain.tracing import map_shapes
 from medseg.models import MODELS, SegmentationModel
 
 
@@ -260,3 +262,73 @@ def test_maps_images_and_heat_as_pictures(tmp_path):
     assert (tmp_path / "heat.png").stat().st_size > 0
     with pytest.raises(MedsegError):
         save_picture(tmp_path / "nowhere" / "heat.png", picture)
+
+
+def test_places_of_maps_in_networks_of_this_toolkit():
+    model = unet()
+    places = map_places(model, layer_table(model, (16, 16)))
+    assert places.stages == ("encoder.0", "encoder.1", "encoder.2", "decoder.0", "decoder.1", "heads.0")
+    assert (places.before_scores, places.coarsest) == ("decoder.1", "encoder.2")
+
+
+MONAI = {
+    "VNet": ({}, (32, 32, 32), "network.up_tr32", "network.down_tr256"),
+    "UNETR": (
+        {"img_size": [16, 16, 16], "feature_size": 2, "hidden_size": 4, "mlp_dim": 4, "num_heads": 2},
+        (16, 16, 16), "network.decoder2", "network.decoder5",
+    ),
+    "UNet": (
+        {"channels": [2, 4, 8], "strides": [2, 2]}, (8, 8, 8), "network.model.1", "network.model.1.submodule.1"
+    ),
+}  # fmt: skip
+"""Arguments, a size → the stage before the scores, and the coarsest maps."""
+
+
+def of_monai(network) -> SegmentationModel:
+    settings = {"name": "monai", "network": network, "arguments": MONAI[network][0]}
+    return MODELS.build(settings, in_channels=1, num_classes=2, spatial_dims=3).eval()
+
+
+@pytest.mark.parametrize("network", MONAI)
+def test_places_of_maps_in_networks_of_monai(network):
+    """Also in a transformer, of whose maps nobody says what they see."""
+    _, size, before, coarsest = MONAI[network]
+    model = of_monai(network)
+    places = map_places(model, layer_table(model, size))
+    assert (places.before_scores, places.coarsest) == (before, coarsest)
+
+
+def test_what_was_found_in_a_transformer_can_be_looked_at():
+    model, (_, size, before, coarsest) = of_monai("UNETR"), MONAI["UNETR"]
+    image = torch.randn(1, *size)
+    maps = feature_maps(model, image, (*map_places(model, layer_table(model, size)).stages, coarsest))
+    assert all(found.dim() == 4 for found in maps.values())
+    assert grad_cam(model, image, 1, torch.ones(size, dtype=torch.bool), before).shape == size
+
+
+class Squeezing(Linear):
+    """A block at half the resolution that weighs its channels by their means, as squeeze and excitation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.MaxPool2d(2)
+        self.weigh = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1))
+        self.up = nn.Upsample(scale_factor=2)
+
+    def forward(self, x):
+        low = self.down(self.features(x))
+        return self.head(self.up(low * self.weigh(low)))
+
+
+def test_what_is_squeezed_to_one_number_is_not_the_coarsest_map():
+    model = Squeezing()
+    places = map_places(model, layer_table(model, (8, 8)))
+    assert (places.before_scores, places.coarsest) == ("up", "down")
+
+
+def test_shapes_of_maps_are_those_that_are_computed():
+    model = unet()
+    shapes = map_shapes(model, (16, 32))
+    maps = feature_maps(model, torch.randn(1, 16, 32), list(shapes))
+    assert {name: tuple(found.shape) for name, found in maps.items()} == shapes
+    assert list(shapes)[-1] == "" and not any(m._forward_hooks for m in model.modules())

@@ -61,7 +61,10 @@ def try_all(name: str, number: int, code: int, given: Materials, references, tmp
         shutil.rmtree(disk)
 
 
-@pytest.mark.parametrize(("name", "number"), [("predict", 1), ("evaluate", 3), ("convert", 2)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("predict", 1), ("evaluate", 3), ("convert", 2), ("convert to SEG", 2), ("export", 3), ("export to a folder", 2)],
+)
 def test_a_full_disk(name: str, number: int, given: Materials, references, tmp_path: Path) -> None:
     try_all(name, number, errno.ENOSPC, given, references, tmp_path)
 
@@ -76,7 +79,7 @@ def test_a_full_disk_at_many_operations(name: str, given: Materials, references,
     try_all(name, 40, errno.ENOSPC, given, references, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "convert"])
+@pytest.mark.parametrize("name", ["train", "predict", "evaluate", "convert", "convert to SEG", "export", "select"])
 def test_a_read_only_disk(name: str, given: Materials, references, tmp_path: Path) -> None:
     reference, _ = references[name]
     outcome = inject(SCENARIOS[name], tmp_path, given, reference, 1, errno.EROFS)

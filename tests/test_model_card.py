@@ -85,7 +85,8 @@ def test_a_run_that_goes_on_writes_it_again(tiny_run, tmp_path: Path) -> None:
         train(resumed(folder, ["trainer.max_steps=12"]), folder, Console(file=log))
     card = (folder / "model_card.md").read_text()
     assert table(section(card, "Training"))["this run"][0] == "12"
-    assert "budget of a training: 12 steps" in card
+    assert "budget of a training: 12 steps" in card and "learning rate 0.002\n" in card and "- device: cpu (" in card
+    assert "- augmentation: 20% of the patches turned, 20% scaled; mirrored axes: none\n" in card
 
 
 def test_overfitting_and_no_final_predictions(tiny_run, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +20,7 @@ from medseg.formats import (
     write_image,
     write_label,
 )
+from medseg.formats import content as content_module
 from medseg.formats import nifti as nifti_module
 from medseg.volume import Grid, Volume
 
@@ -333,3 +336,30 @@ def test_real_files_are_all_read(real_data: Path) -> None:
         array, reference = open_label(path), nib.load(path)
         np.testing.assert_array_equal(array.array, np.asanyarray(reference.dataobj))
         np.testing.assert_allclose(array.grid.affine, reference.affine, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_isal", [True, False])
+def test_gzip_streams_with_and_without_the_faster_library(
+    has_isal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_isal:
+        monkeypatch.setitem(sys.modules, "isal", None)
+    spec = importlib.util.spec_from_file_location("content_again", content_module.__file__)
+    assert spec is not None and spec.loader is not None
+    content = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(content)
+    assert content.GzipFile.__module__.startswith("isal") is has_isal
+    plain = np.random.default_rng(0).integers(0, 4, 300_000).astype(np.uint8).tobytes()
+    packed, path = gzip.compress(plain), tmp_path / "a"
+    for stored in (plain, packed):
+        path.write_bytes(stored)
+        with content.open_stream(path) as stream:
+            assert stream.read(1000) + stream.read() == plain and content.is_inflating(stream) is (stored is packed)
+    middle = len(packed) // 2
+    flipped = bytes([packed[middle] ^ 16])
+    for damaged in (packed[:middle], packed[:middle] + flipped + packed[middle + 1 :], packed[:-8] + bytes(8)):
+        path.write_bytes(damaged)
+        with pytest.raises(content.DAMAGED), content.open_stream(path) as stream:
+            stream.read()
+    path.write_bytes(b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * 5000 + b"\0" + gzip.compress(bytes([92, 1, 0, 0]))[10:])
+    assert content.kind_of(path) is content.Kind.NIFTI, "a name longer than what is looked at first"

@@ -17,7 +17,7 @@ from medseg.bundle import BundleInfo
 from medseg.inference.folder import write_predictions_table
 from medseg.reports.evaluation import evaluate_folders
 
-NOTEBOOK = REPOSITORY / "notebooks" / "inspect_predictions.ipynb"
+NOTEBOOK = REPOSITORY / "notebooks" / "04_inspect_predictions.ipynb"
 MAX_BYTES = 1_000_000
 
 
@@ -42,6 +42,8 @@ def execute(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("MEDSEG_RUNS", str(runs))
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)  # pictures, not widgets
+    monkeypatch.delenv("VSCODE_PID", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -63,9 +65,9 @@ def test_it_runs_on_the_demo_and_names_the_worst_case(
 ) -> None:
     outputs = execute(demo / "runs", tmp_path, monkeypatch)
     assert [o for o in outputs if o["output_type"] == "error"] == []
-    assert (
-        num_figures(outputs) >= 6
-    )  # curves, Dice, three planes, profile, worst slices, held-out scan; one slice or a slider
+    # curves, Dice, three planes, profile, worst slices, one slice, uncertainty, held-out scan
+    assert num_figures(outputs) == 8
+    assert text_of(outputs).count("most uncertain voxels hold") == 3
     dice = defaultdict(list)
     with (demo / "runs" / "2000-01-01_12-00-00_unet" / "validation" / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -82,7 +84,7 @@ def test_it_runs_on_any_run_without_a_held_out_scan(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs = execute(tiny_run.run, tmp_path, monkeypatch)
-    assert num_figures(outputs) >= 5
+    assert num_figures(outputs) == 7
     assert "No held-out scan" in text_of(outputs)
 
 
@@ -92,7 +94,7 @@ def test_it_is_shipped_with_outputs_and_without_traces_of_a_machine() -> None:
     notebook = json.loads(text)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert num_figures(outputs) >= 6
+    assert num_figures(outputs) == 8
     assert [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"] == []
     assert [cell["metadata"] for cell in notebook["cells"]] == [{}] * len(notebook["cells"])
     shown = json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} for o in outputs])

@@ -15,13 +15,15 @@ import pytest
 import medseg
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+COMMIT = "0123456789" * 4
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(REPOSITORY)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "MEDSEG_REVISION": COMMIT}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = out.glob("*.whl")
     return path
@@ -30,10 +32,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_all_that_is_needed_and_no_more(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
+        assert archive.read("medseg/revision.txt").decode() == f"{COMMIT}\n"
     configs = {f"medseg/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "configs").rglob("*.yaml")}
     modules = {str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "medseg").rglob("*.py")}
     assert configs
-    assert held >= configs | modules
+    notebooks = {f"medseg/notebooks/{p.name}" for p in (REPOSITORY / "notebooks").glob("*.ipynb")}
+    assert notebooks and held >= configs | modules | notebooks
     info = f"medseg-{medseg.__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in held
     assert {name.split("/")[0] for name in held} == {"medseg", info}

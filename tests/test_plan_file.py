@@ -94,7 +94,7 @@ def test_plan_says_why_and_trains_nothing(
     main(["plan", f"data.root='{data}'", "preset=nnunet", "trainer.device=cuda", "data.plan.memory_gb=24"])
     (folder,) = Path("plans").iterdir()
     assert folder.name.endswith("_nnunet") and plan_of(folder)["widths"][0] == 32  # type: ignore[index]
-    assert "on cuda, which may take 21.6 GiB" in (folder / "plan.yaml").read_text()
+    assert "on a GPU, which may take 21.6 GiB (90% of data.plan.memory_gb)" in (folder / "plan.yaml").read_text()
 
 
 @pytest.mark.parametrize("where", ["mine", None])
@@ -130,7 +130,8 @@ def test_train_uses_an_edited_plan_and_keys_win(data: Path, tmp_path: Path, caps
           *(s for s in SMALL if s not in keys)])  # fmt: skip
     used, text = plan_of(tmp_path / "run"), (tmp_path / "run" / "plan.yaml").read_text()
     assert (used["batch_size"], used["orientation"], used["widths"]) == (1, "PLS", planned["widths"])
-    assert '# as mine states; without it: "SPL", because axes run' in text and "# as mine states\nspacing_mm" in text
+    assert '# as mine states; without it: "SPL", because medseg\'s axes run' in text
+    assert "# as mine states\nspacing_mm" in text
     again = train(data, tmp_path / "again", "plan=mine/plan.yaml", "data.plan.batch_size=2")
     assert (again["batch_size"], again["orientation"]) == (2, "PLS")
     assert "# set by data.plan.batch_size\n" in (tmp_path / "again" / "plan.yaml").read_text()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_plan import found
 
-from medseg.data.plan import Plan, PlanConfig, machine_for, make_plan
+from medseg.data.plan import Plan, PlanConfig, Preset, machine_for, make_plan, takes_too_much
 from medseg.data.plan.memory import step_cost
 from medseg.errors import Code, MedsegError
 from medseg.models import MODELS
@@ -48,7 +48,7 @@ def test_what_is_counted_grows_with_patch_and_batch() -> None:
 
 
 @pytest.mark.parametrize("name", ["unet", "residual_encoder_unet"])
-@pytest.mark.parametrize("memory", [4.0, 8.0, 24.0])
+@pytest.mark.parametrize("memory", [4.0, 8.0, 24.0, 80.0])
 @pytest.mark.parametrize("shape", [(512, 512, 400), (1024, 1200)])
 def test_a_plan_keeps_its_budget_and_uses_it(name: str, memory: float, shape: tuple[int, ...]) -> None:
     plan = planned(PlanConfig(memory_gb=memory), shape, name)
@@ -57,6 +57,14 @@ def test_a_plan_keeps_its_budget_and_uses_it(name: str, memory: float, shape: tu
     smaller = planned(PlanConfig(memory_gb=2.5), shape, name)
     sizes = [p.batch_size * p.patch_size[0] * p.patch_size[1] for p in (smaller, plan)]
     assert sizes[0] < sizes[1] and smaller.memory_gb <= 0.9 * 2.5
+
+
+@pytest.mark.parametrize("preset, fits, too_small", [("resenc_m", 24, 8), ("resenc_l", 40, 24), ("resenc_xl", 80, 40)])
+def test_a_preset_keeps_nnunets_size_and_says_where_that_is_too_much(preset: Preset, fits: int, too_small: int) -> None:
+    plans = [planned(PlanConfig(preset=preset, memory_gb=m), model="residual_encoder_unet") for m in (fits, too_small)]
+    assert plans[0].patch_size == plans[1].patch_size and plans[0].memory_gb == plans[1].memory_gb
+    assert [takes_too_much(plan) for plan in plans] == [False, True]
+    assert "% of data.plan.memory_gb" in plans[1].reasons["memory_gb"]
 
 
 def test_too_little_memory_is_refused_and_values_that_were_set_are_believed() -> None:

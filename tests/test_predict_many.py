@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import logging
 import os
 import shutil
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from medseg.cli import main
@@ -694,7 +697,9 @@ def test_predict_probabilities_and_uncertainty(tiny_run, scans: Path, tmp_path: 
     label = open_label(out / "a.nii.gz")
     probabilities = open_volume(out / "probabilities" / "a.nii.gz", Reading(channels=True))
     uncertainty = open_volume(out / "uncertainty" / "a.nii.gz")
-    for volume in (probabilities, uncertainty):
+    disagreement = open_volume(out / "disagreement" / "a.nii.gz")
+    assert (disagreement.array <= uncertainty.array + 1e-3).all()
+    for volume in (probabilities, uncertainty, disagreement):
         assert volume.grid.difference(label.grid) is None
     np.testing.assert_allclose(probabilities.array.sum(axis=0), 1, atol=2e-3)
     table = Labels.from_mapping(json.loads((out / TABLE_FILE).read_text())["labels"])
@@ -706,7 +711,7 @@ def test_predict_probabilities_and_uncertainty(tiny_run, scans: Path, tmp_path: 
     assert 0 <= uncertainty.array.min() < uncertainty.array.max() <= 1
     assert set(labels_in(out)) == {"a.nii.gz"}, "beside the labels lies nothing that could be taken for one"
     (case,) = cases_of(out)
-    assert set(case["files"]) == {"a.nii.gz", "probabilities/a.nii.gz", "uncertainty/a.nii.gz"}
+    assert set(case["files"]) == {"a.nii.gz", "probabilities/a.nii.gz", "uncertainty/a.nii.gz", "disagreement/a.nii.gz"}
     assert json.loads((out / TABLE_FILE).read_text())["cases"]["a"]["files"] == ["a.nii.gz"]
     predict(tiny_run.run, scans / "a.nii.gz", "-o", out, *options, "--resume")
     assert len(cases_of(out)) == 1
@@ -738,3 +743,22 @@ def test_help_teaches(capsys) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     for told in ("--resume", "--on-bad-case", "Exit status", "predictions.jsonl", "--classes liver,spleen"):
         assert told in shown
+
+
+def test_what_the_prediction_warns_of_stands_in_the_manifest(
+    tiny_run, scans: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Sums of half precision decide voxels: who compares two predictions must find it."""
+    from medseg.inference import predictor as module
+
+    plan = module.plan_memory
+
+    def half(*arguments, **options):
+        logging.getLogger("medseg.inference.memory").warning("logits are kept at half precision")
+        return dataclasses.replace(plan(*arguments, **options), dtype=torch.float16)
+
+    monkeypatch.setattr(module, "plan_memory", half)
+    predict(tiny_run.run, scans / "a.nii.gz", "-o", tmp_path / "out")
+    (case,) = cases_of(tmp_path / "out")
+    assert case["warnings"] == ["logits are kept at half precision"]
+    assert "note: logits are kept at half precision" in capsys.readouterr().out

@@ -14,6 +14,8 @@ import torch
 import medseg
 from medseg.errors import MedsegError
 from medseg.formats import open_volume
+from medseg.inference.ensemble import planned_logits
+from medseg.inference.manifest import options_of
 from medseg.inference.warm import Predictor
 from medseg.volume import Volume
 
@@ -99,6 +101,8 @@ def test_a_scan_too_large_is_refused_before_any_work(
     monkeypatch.setattr(one.model, "forward", lambda x: pytest.fail("the network was asked"))
     with pytest.raises(MedsegError, match="E_LIMIT"):
         predictor(path)
+    with pytest.raises(MedsegError, match="E_LIMIT"):  # as medseg select asks several runs
+        planned_logits([one, one], open_volume(path))
 
 
 def test_several_plans_say_the_same_in_every_form(tiny_run, predictor: Predictor, path: Path) -> None:
@@ -108,7 +112,11 @@ def test_several_plans_say_the_same_in_every_form(tiny_run, predictor: Predictor
     (one,) = predictor.ensemble.predictors
     got = Predictor(Ensemble([one, one]))(path, probabilities=True, uncertainty=True)
     alone = predictor(path, probabilities=True, uncertainty=True)
-    for ours, theirs in ((got.probabilities, alone.probabilities), (got.uncertainty, alone.uncertainty)):
+    for ours, theirs in (
+        (got.probabilities, alone.probabilities),
+        (got.uncertainty, alone.uncertainty),
+        (got.disagreement, alone.disagreement),
+    ):
         assert isinstance(ours, Volume) and isinstance(theirs, Volume)
         np.testing.assert_allclose(ours.array, theirs.array, atol=2e-3)
     assert (got.indices.array != alone.indices.array).mean() < 1e-3
@@ -217,9 +225,12 @@ def test_who_is_compiled_in_prediction(tiny_run, path: Path, monkeypatch) -> Non
     monkeypatch.setattr(torch, "compile", quick)
     settings = {"device": "cpu", "precision": "fp32", "postprocess": False}
     (off,) = medseg.Predictor.load(tiny_run.run, **settings).ensemble.predictors
-    (auto,) = medseg.Predictor.load(tiny_run.run, device="cpu", compile="auto").ensemble.predictors
+    automatic = medseg.Predictor.load(tiny_run.run, device="cpu", compile="auto").ensemble
+    (auto,) = automatic.predictors
+    assert options_of(automatic)["compile"] == "off", "what the manifest records is what was done"
     assert not off.forward.compiled and not auto.forward.compiled
     on = medseg.Predictor.load(tiny_run.run, compile="on", **settings)
+    assert options_of(on.ensemble)["compile"] == "on"
     expected = off.predict_indices(open_volume(path)).array
     assert np.mean(on(path).indices.array == expected) > 0.99 and len(compiled) == 1
     on(path)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import zipfile
-from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import nibabel as nib
 import pydicom
@@ -110,6 +113,9 @@ class Traces:
     run: Path
     others: tuple[Path, ...]
     console: str
+    of_files: str
+    """What plan and convert print: they may name files and folders."""
+    root: Path
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +126,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     write_tree(root)
     names = ("run", "out", "metrics", "some", "planned", "scan", "tree", "compared", "handed on")
     run, out, metrics, some, planned, scan, tree, compared, handed = (folder / name for name in names)
-    said = io.StringIO()
+    said, of_files = io.StringIO(), io.StringIO()
     with chdir(folder), redirect_stdout(said), redirect_stderr(said):
         main(["train", f'data.root="{root}"', f'hydra.run.dir="{run}"', *SETTINGS])
         main(["train", f"resume={run}", "trainer.max_steps=6"])
@@ -129,17 +135,24 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
         with suppress(SystemExit):
             bad_too = [str(root / f"{CANARY} {number}") for number in (2, 4)]
             main(["predict", str(run), *bad_too, "-o", str(some), "--on-bad-case", "skip", "--statistics"])
-        with redirect_stdout(io.StringIO()):  # it ends with the command that trains, as the user typed it
+        with naming(of_files):  # it ends with the command that trains, as the user typed it
             main(["plan", f'data.root="{root}"', f'hydra.run.dir="{planned}"', *SETTINGS])
         for made in (scan, compared, handed):
             made.mkdir()
         main(["convert", str(root / f"{CANARY} 0" / "study" / "series"), str(scan / "scan.nii.gz")])
-        with suppress(SystemExit), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with suppress(SystemExit), naming(of_files):
             main(["convert", str(root), str(tree)])  # it tells on the screen which files are broken, by their names
         main(["export", str(run), "-o", str(handed / "model.zip")])
         main(["compare", str(metrics), str(metrics), "-o", str(compared / "table.json")])
     others = (out, metrics, some, planned, scan, tree, compared, handed, folder / "prepared")
-    return Traces(run, others, said.getvalue())
+    return Traces(run, others, said.getvalue(), of_files.getvalue(), root)
+
+
+@contextmanager
+def naming(said: io.StringIO) -> Iterator[None]:
+    """Keep what is printed, without breaking the names in it."""
+    with patch.dict(os.environ, {"COLUMNS": "2000"}), redirect_stdout(said), redirect_stderr(said):
+        yield
 
 
 def content(path: Path) -> bytes:
@@ -196,6 +209,17 @@ def test_nothing_about_the_patient_is_printed(traces: Traces) -> None:
     assert "Dice" in traces.console
     for secret in (CANARY, DATE, UID_ROOT):
         assert secret.lower() not in traces.console.lower()
+
+
+def test_what_verbs_print_of_a_tree_is_names_of_files_alone(traces: Traces) -> None:
+    """The canary stands in names of files and folders, and in tags: without the former nothing is left of it."""
+    text = traces.of_files
+    assert CANARY in text and "E_" in text, "the names of files that cannot be converted"
+    names = {part for path in (traces.root, *traces.root.rglob("*")) for part in path.parts if CANARY in part}
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, "FILE")
+    for secret in (CANARY, DATE, UID_ROOT):
+        assert secret.lower() not in text.lower(), text
 
 
 def test_nifti_headers_say_nothing(traces: Traces) -> None:

@@ -89,7 +89,7 @@ def test_plugins_register_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self) -> None:
             registry.register("foreign", Inner)(lambda config: "built")  # type: ignore[type-var]
 
-    monkeypatch.setattr("medseg.registry.entry_points", lambda group: [Entry()] if group == "medseg.plugins" else [])
+    monkeypatch.setattr("medseg.registry.plugins", lambda: (Entry(),))
     assert registry.build({"name": "foreign"}) == "built"
 
 

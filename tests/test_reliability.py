@@ -27,7 +27,7 @@ def test_the_page_is_up_to_date(program: ModuleType) -> None:
 
 
 def test_what_was_not_measured_is_said(program: ModuleType, tmp_path: Path) -> None:
-    assert program.page(tmp_path).count("not measured yet") == 8
+    assert program.page(tmp_path).count("not measured yet") == 10
 
 
 def test_figures_are_added_up(program: ModuleType, tmp_path: Path) -> None:
@@ -37,10 +37,16 @@ def test_figures_are_added_up(program: ModuleType, tmp_path: Path) -> None:
     injected = {"operations": 40, "faults": 20, "refused": 19, "handled": 1, "harm": ["operation 3: a.json"]}
     faults = {"injected": {"train: a full disk": injected}, "tests": {"a": "passed", "b": "skipped", "c": "failed"}}
     (tmp_path / "faults.json").write_text(json.dumps(faults))
-    (tmp_path / "kills.json").write_text(json.dumps({"kills": 100, "failures": 0, "most_steps_lost": 4}))
+    injected["lost_bytes"] = 2048
+    (tmp_path / "faults.json").write_text(json.dumps(faults))
+    kills = {"kills": 100, "failures": 0, "checkpoints_damaged": 0, "most_lost_steps": 4, "most_lost_seconds": 1.5}
+    (tmp_path / "kills.json").write_text(json.dumps(kills))
     page = program.page(tmp_path)
     assert "| damaged inputs read | 1,511 in 2 formats | 1 |" in page
-    assert "| disks full, read-only or failing | 20 | 1 |" in page
+    assert "| disks full, read-only or failing | 20 | 1 | 2,048 bytes |" in page
     assert "| tests of other faults | 2 | 1 |" in page
-    assert "| kills of a training | 100 | 0 |" in page
-    assert "not measured" not in page and "| most steps lost | 4 |" in page
+    lost = "0 bytes of what was saved; at most 4 steps (1.5 s) since the last save"
+    assert f"| kills of a training | 100 | 0 | {lost} |" in page
+    assert "not measured" not in page and "| most lost steps | 4 |" in page
+    counted = {**kills, "checkpoint_bytes_damaged": 77, "checkpoints_damaged": 1}
+    assert "77 bytes of what was saved" in program.lost_by_kills(counted)

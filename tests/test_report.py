@@ -23,14 +23,16 @@ from PIL import Image
 
 from medseg.cli.evaluate import evaluate as evaluate_verb
 from medseg.errors import MedsegError
-from medseg.formats import write_image, write_label
+from medseg.formats import open_label, write_image, write_label
 from medseg.labels import Labels
+from medseg.metrics.case import class_masks
 from medseg.metrics.masks import State
 from medseg.metrics.metric import metrics
 from medseg.reports.crossvalidation import CrossValidation, read_evaluation
 from medseg.reports.evaluation import FOREGROUND, Evaluation, Row, evaluate_folders
 from medseg.reports.extremes import extremes
 from medseg.reports.html.comparison import write_evaluation_report
+from medseg.reports.html.figures import distribution_figure
 from medseg.reports.html.page import Remark, Report, markdown, render, write_report
 from medseg.reports.html.pictures import MAX_BYTES, NO_SCANS
 from medseg.reports.html.run import write_run_report
@@ -570,8 +572,26 @@ if __name__ == "__main__":
 """
 
 
-def test_dice_of_each_case_is_nnunets(folders: Folders, tmp_path: Path) -> None:
-    """nnU-Net's summary.json on the same files: the same counts, and exactly the same Dice and IoU."""
+def counted(case: str, folders: Folders) -> dict[str, dict[str, int]]:
+    """What nnU-Net counts, of each class of a case, by the counts that all our metrics come from."""
+    predicted, reference = (open_label(folder / f"{case}.nii.gz") for folder in (folders.predicted, folders.reference))
+    indices = [LABELS.to_index(volume.array) for volume in (predicted, reference)]
+    each = class_masks(*indices, reference.grid, num_classes=3, tolerance_mm=1.0)
+    return {
+        str(value): {
+            "TP": m.tp,
+            "FP": m.fp,
+            "FN": m.fn,
+            "TN": m.tn,
+            "n_pred": m.num_predicted,
+            "n_ref": m.num_reference,
+        }
+        for value, m in enumerate(each, start=1)
+    }
+
+
+def test_all_of_each_case_is_nnunets(folders: Folders, tmp_path: Path) -> None:
+    """nnU-Net's summary.json on the same files: exactly the same counts, Dice and IoU, and means of Dice and IoU."""
     if not PEER.exists():
         pytest.skip("nnU-Net is not installed: python scripts/make_peers.py")
     script, out = tmp_path / "evaluate.py", tmp_path / "summary.json"
@@ -583,7 +603,9 @@ def test_dice_of_each_case_is_nnunets(folders: Folders, tmp_path: Path) -> None:
     compared = 0
     for entry in theirs["metric_per_case"]:
         case = Path(entry["reference_file"]).name.removesuffix(".nii.gz")
+        counts = counted(case, folders)
         for value, scores in entry["metrics"].items():
+            assert {name: scores[name] for name in scores if name not in ("Dice", "IoU")} == counts[value], case
             row = next(r for r in ours.rows if (r.case, r.class_name) == (case, LABELS.names[int(value)]))
             for name, key in (("dice", "Dice"), ("iou", "IoU")):
                 mine, other = row.values[name], scores[key]
@@ -591,8 +613,22 @@ def test_dice_of_each_case_is_nnunets(folders: Folders, tmp_path: Path) -> None:
                 compared += 1
     assert compared == 2 * 2 * 7
     for value in ("1", "2"):
-        mean = theirs["mean"][value]["Dice"]
-        assert ours.mean("dice", LABELS.names[int(value)]) == pytest.approx(mean, rel=1e-12)
+        for name, key in (("dice", "Dice"), ("iou", "IoU")):
+            mean = theirs["mean"][value][key]
+            assert ours.mean(name, LABELS.names[int(value)]) == pytest.approx(mean, rel=1e-12)
+
+
+def test_the_axis_of_shares_begins_below_the_lowest() -> None:
+    def axis(*dice: float) -> tuple[float, float]:
+        rows = [Row(str(i), "liver", State.PRESENT, {"dice": value}) for i, value in enumerate(dice)]
+        (metric,) = metrics(("dice",))
+        figure = distribution_figure(Evaluation(tuple(rows), LABELS), metric)
+        return figure.axes[0].get_xlim()
+
+    assert axis(0.87, 0.92) == pytest.approx((0.78, 1.02))
+    assert axis(0.63, 0.92) == pytest.approx((0.58, 1.02))
+    assert axis(0.61, 0.92) == pytest.approx((0.48, 1.02))
+    assert axis(0.0, 1.0) == pytest.approx((-0.02, 1.02))
 
 
 def test_writing_into_nothing_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ DRAWING = ("matplotlib", "tensorboard", "skimage")
 CONFIGURATION = ("hydra", "omegaconf")
 MEASURING = ("scipy.spatial", "scipy.stats", "scipy.optimize", "scipy.sparse", "scipy.linalg", "medseg.metrics")
 NOT_AT_START = {
+    ("train", "data.root=nowhere"): ("matplotlib.axes", "skimage", "scipy.stats", "scipy.spatial", "highdicom"),
     ("predict", "nowhere", "scan.nii.gz", "-o", "out"): (
         *DRAWING, *CONFIGURATION, *MEASURING, "highdicom", "torchvision", "medseg.training", "medseg.reports.overlay"
     ),

@@ -24,6 +24,7 @@ from medseg.metrics.masks import State
 from medseg.reports.comparison import compare, print_comparison, read_metrics
 from medseg.reports.crossvalidation import CrossValidation
 from medseg.reports.evaluation import FOREGROUND, Evaluation, Row
+from medseg.reports.evaluation_files import to_json
 from medseg.statistics import agreement, bootstrap_means, holm, paired_test
 
 # --- intervals of means ---
@@ -295,7 +296,7 @@ def test_patients_come_through_the_files(tmp_path: Path) -> None:
     assert read.to_json() == known.to_json()
     unknown = compare(evaluation(dice_of(1)), evaluation(dice_of(2, 0.05)))
     assert unknown.units == "cases" and "over cases" in unknown.to_json()["p"]
-    assert "from 20 cases" in (evaluation(dice_of(1)).to_json()["warning"] or "")
+    assert "from 20 cases" in (to_json(evaluation(dice_of(1)))["warning"] or "")
 
 
 def test_folds_keep_their_patients_apart() -> None:

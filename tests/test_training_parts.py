@@ -18,13 +18,16 @@ from torch import nn
 from medseg.bundle import checkpoint_path, read_checkpoint
 from medseg.data.prepared import PreparedCase
 from medseg.data.sampling import BatchItem, PatchSampler
+from medseg.diagnosis import hardware
 from medseg.errors import MedsegError
 from medseg.labels import Labels
 from medseg.models.compiling import Forward
+from medseg.training import experiment
 from medseg.training.averaging import WeightAverage
 from medseg.training.class_weights import LARGEST_WEIGHT, with_class_weights
 from medseg.training.compiling import wants_compiling
 from medseg.training.feeding import on_device
+from medseg.training.optimizers import learning_rate
 from medseg.training.schedules import SCHEDULES
 from medseg.training.state import TRAINED_PREFIX
 from medseg.volume import Grid
@@ -269,3 +272,25 @@ def test_early_stopping_says_why(tiny_run, tmp_path: Path) -> None:
     text = " ".join((tmp_path / "run.txt").read_text().split())
     best = max(float(row["val_dice_mean"]) for row in history(tmp_path / "run") if row["val_dice_mean"])
     assert f"stopping early: no validation Dice above {best:.4f} (step 2)" in text and "trainer.patience=1" in text
+
+
+@pytest.mark.parametrize(
+    "cores, quota, free_gib, threads",
+    [(4, None, 64, 4), (64, None, 64, 8), (16, 2.5, 64, 2), (8, None, 7, 3), (8, 0.5, 1, 1)],
+)
+def test_as_many_cases_at_a_time_as_the_machine_bears(
+    monkeypatch: pytest.MonkeyPatch, cores: int, quota: float | None, free_gib: int, threads: int
+) -> None:
+    monkeypatch.setattr(experiment, "usable_cores", lambda: cores)
+    monkeypatch.setattr(experiment, "available_bytes", lambda: free_gib * 2**30)
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: quota)
+    assert experiment.DataConfig().threads == threads
+    assert experiment.DataConfig(num_threads=20).threads == 20
+    with pytest.raises(MedsegError, match="num_threads"):
+        experiment.DataConfig(num_threads=0)
+
+
+def test_the_card_knows_the_learning_rate() -> None:
+    cpu = torch.device("cpu")
+    assert learning_rate({"name": "adamw"}, cpu) == 2e-3
+    assert learning_rate({"name": "sgd", "lr": 0.5}, cpu) == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from medseg.bundle.manifest import MANIFEST_FILE, Manifest
@@ -16,6 +17,8 @@ MAX_FILES = 2000
 """Most files of a bundle: an ensemble of several configurations of ten folds has a tenth of that."""
 MAX_RATIO = 20
 """A bundle unpacks to this many times its size at most: weights hardly shrink …"""
+MAX_LEVELS = 3
+"""Folders between that of a model and its bundle's: `models/0_NAME/fold_0`."""
 SLACK_BYTES = 2**24
 """… and descriptions, which do, stay below 16 MiB."""
 
@@ -35,6 +38,16 @@ def is_archive(path: Path) -> bool:
 def is_bundle(folder: Path) -> bool:
     """True for a folder with the manifest of a bundle."""
     return (folder / MANIFEST_FILE).is_file() and Manifest.read(folder).is_bundle
+
+
+def bundle_around(folder: Path) -> Path | None:
+    """The bundle that a folder is, or lies in as that of a fold or a run of an ensemble; None where there is none."""
+    folder = folder.resolve()
+    for home in (folder, *folder.parents[:MAX_LEVELS]):
+        with suppress(MedsegError):  # a data set may have a manifest.json too
+            if is_bundle(home):
+                return home
+    return None
 
 
 def opened(path: Path) -> Path:

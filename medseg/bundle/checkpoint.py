@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from medseg.documents import parse_json
+from medseg import __version__
+from medseg.documents import check_format, parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 
@@ -24,6 +25,10 @@ MODEL_PREFIX = "model."
 """Names of the model's weights in a checkpoint start with this; the rest is the trainer's."""
 JSON_KEY = "json"
 """Of the safetensors metadata: what is no tensor."""
+FORMAT = 1
+"""Raised when checkpoints change in a way that older code would misread."""
+FORMAT_KEY = "format"
+"""Of the safetensors metadata, which holds texts only. A file without it is of the first format."""
 DIGEST_KEY = "sha256"
 """Of the safetensors metadata: `digest_of_tensors`. The format itself notices cut files, not flipped bits."""
 
@@ -48,7 +53,8 @@ def write_checkpoint(
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(metadata)
-    content = save(plain, metadata={JSON_KEY: text, DIGEST_KEY: digest_of_tensors(plain, text)})
+    stated = {JSON_KEY: text, DIGEST_KEY: digest_of_tensors(plain, text), FORMAT_KEY: str(FORMAT)}
+    content = save(plain, metadata={**stated, "medseg": __version__})
     write_atomically(path, content, keep=keep)
 
 
@@ -56,12 +62,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     """Read what `write_checkpoint` wrote.
 
     Raises:
-        MedsegError: E_CHECKPOINT if the file is missing, cut short, changed or not a checkpoint.
+        MedsegError: E_CHECKPOINT if the file is missing, cut short, changed or not a checkpoint; E_VERSION if another
+            medseg wrote it.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             stated: dict[str, str] = file.metadata() or {}
+            check_format({**stated, FORMAT_KEY: int(stated.get(FORMAT_KEY, "1"))}, FORMAT, where=path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = parse_json(stated[JSON_KEY])
         if not isinstance(metadata, dict):
             raise ValueError("its description is no table")

@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from medseg import __version__
-from medseg.bundle.archive import opened
+from medseg.bundle.archive import bundle_around, opened
 from medseg.bundle.checkpoint import (
     check_weights_fit,
     checkpoint_path,
@@ -25,18 +25,22 @@ from medseg.bundle.checkpoint import (
     weights_in,
     write_atomically,
 )
+from medseg.bundle.manifest import MANIFEST_FILE
 from medseg.data.augment import Mirroring
 from medseg.data.plan import Plan
-from medseg.documents import parse_json
+from medseg.documents import check_format, parse_json
 from medseg.errors import Code, MedsegError
 from medseg.labels import Labels
 from medseg.models import MODELS, SegmentationModel
+from medseg.models.shapes import ShapesOnly
 
 BUNDLE_FILE = "bundle.json"
 FOLDS_FILE = "folds.json"
 """In a folder of several runs that are the folds of one cross-validation: {"members": […], "finished": [of these]}."""
 BUNDLE_FORMAT = 1
 """Raised when `bundle.json` changes in a way that older code would misread."""
+EXPORTED = "exported"
+"""In `bundle.json` of a bundle: it is used only together with the manifest that lists it."""
 MAX_DESCRIPTION_BYTES = 2**22
 """Largest `bundle.json` that is read: with a thousand classes it has a hundredth of these 4 MiB."""
 PARTS_PER_WEIGHT = 20
@@ -115,8 +119,9 @@ class BundleInfo:
         """Read `bundle.json` of a run or a bundle; nothing is built yet.
 
         Raises:
-            MedsegError: E_RUN if it is no run or its bundle cannot be read; what `opened` refuses; E_CONFIG or E_LABEL
-                for a plan or labels that are none.
+            MedsegError: E_RUN if it is no run or its bundle cannot be read; E_VERSION if another medseg wrote it;
+                E_MISSING for a bundle without its manifest; what `opened` refuses; E_CONFIG or E_LABEL for a plan or
+                labels that are none.
         """
         path = opened(run) / BUNDLE_FILE
         if not path.is_file():
@@ -131,15 +136,9 @@ class BundleInfo:
             if path.stat().st_size > MAX_DESCRIPTION_BYTES:
                 raise ValueError(f"{path.stat().st_size} bytes are too many for a description")
             content = parse_json(path.read_text(encoding="utf-8"))
-            if content["format"] != BUNDLE_FORMAT:
-                raise MedsegError(
-                    Code.RUN,
-                    "this run was written by another version of medseg",
-                    where=path,
-                    expected=f"format {BUNDLE_FORMAT}",
-                    got=f"format {content['format']} of medseg {content.get('medseg')}",
-                    remedy="install that version of medseg, or train again",
-                )
+            check_format(content, BUNDLE_FORMAT, where=path)
+            if content.get(EXPORTED):
+                _check_is_vouched_for(path)
             model, structures = content["model"], content.get("structures")
             _check(isinstance(model, dict) and isinstance(model.get("name"), str), "model has no name")
             _check(_are(str, content["channels"]), "channels are no list of names")
@@ -193,9 +192,9 @@ def load_bundle(run: Path, *, checkpoint: str = "best", device: torch.device | s
     weights = weights_in(tensors)
     try:
         with _at_most(PARTS_PER_WEIGHT * len(weights) + MORE_PARTS):
-            with suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+            with suppress(NotImplementedError, RuntimeError), ShapesOnly():
                 # Only shapes: a description that asks for absurd layers is refused before it costs memory. Some of
-                # MONAI's networks compute with numbers while they are built, which the meta device does not have.
+                # MONAI's networks compute with numbers while they are built, which are not there.
                 check_weights_fit(info.build_model(), weights, where=path)
             model = info.build_model()
     except _NOT_BUILT as error:
@@ -236,6 +235,24 @@ def _at_most(most: int) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_is_vouched_for(path: Path) -> None:
+    """Check the bundle that a description says it is a part of, also where the folder of one of its folds was named.
+
+    Raises:
+        MedsegError: E_MISSING if there is none; what `opened` refuses.
+    """
+    home = bundle_around(path.parent)
+    if home is None:
+        raise MedsegError(
+            Code.MISSING,
+            "the bundle has lost its manifest: nothing says whether its files are whole",
+            where=path.parent,
+            expected=f"{MANIFEST_FILE} of medseg export, in this folder or above it",
+            remedy="get the whole bundle again from its source; a bundle as a zip cannot lose a file",
+        )
+    opened(home)
 
 
 def _check(is_true: bool, problem: str) -> None:

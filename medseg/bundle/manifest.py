@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from medseg.bundle.checkpoint import write_atomically
-from medseg.documents import parse_json, parse_yaml
+from medseg.documents import check_format, parse_json, parse_yaml
 from medseg.environment import environment
 from medseg.errors import Code, MedsegError
 
@@ -68,15 +68,16 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            MedsegError: E_RUN if it is not there or is none.
+            MedsegError: E_RUN if it is not there or is none; E_VERSION if another medseg wrote it.
         """
         path = folder / MANIFEST_FILE
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
                 raise ValueError(f"{path.stat().st_size} bytes are too many for a manifest")
             content = parse_json(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT or content["kind"] not in (RUN, BUNDLE):
-                raise ValueError(f"format {content['format']!r} and kind {content['kind']!r} are not known")
+            check_format(content, FORMAT, where=path)
+            if content["kind"] not in (RUN, BUNDLE):
+                raise ValueError("its kind is not known")
             files = {
                 _safe_name(name): Listed(int(file["bytes"]), str(file["sha256"]))
                 for name, file in content["files"].items()

@@ -23,13 +23,30 @@ from medseg.cli.doctor import doctor
 from medseg.cli.evaluate import evaluate
 from medseg.cli.export import export
 from medseg.cli.inspect import inspect
+from medseg.cli.notebook import notebook
 from medseg.cli.predict import predict
 from medseg.cli.select import select
 from medseg.cli.train import plan, train
+from medseg.cli.tune import tune
 from medseg.cli.verify import verify
 from medseg.errors import MedsegError, of_machine
 
-VERBS = (inspect, convert, plan, train, select, export, predict, evaluate, compare, verify, doctor, demo)
+VERBS = (
+    inspect,
+    convert,
+    plan,
+    train,
+    tune,
+    select,
+    export,
+    predict,
+    evaluate,
+    compare,
+    verify,
+    notebook,
+    doctor,
+    demo,
+)
 """In the order of use."""
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
@@ -43,12 +60,14 @@ HELP = """From a folder of medical scans to a trained, validated, usable segment
   medseg convert SERIES scan.nii.gz               DICOM, SEG and RTSTRUCT to NIfTI, and labels back to DICOM
   medseg plan data.root=FOLDER                    what a training would do with your cases, and why
   medseg train data.root=FOLDER                   train on them
+  medseg tune KEY=A,B... -o FOLDER                search for settings, trial after trial
   medseg select RUN RUN... -o ENSEMBLE            compare runs, and put the best ones together
   medseg export RUN -o model.zip                  one file to hand on; predict takes it as its RUN
   medseg predict RUN SCAN... -o OUT               label scans the model has never seen
   medseg evaluate PREDICTIONS REFERENCES -o OUT   honest numbers, per case and class
   medseg compare SCORES SCORES                    which of two models is better, and whether that is chance
   medseg verify RUN                               whether its files are what they were when it was made
+  medseg notebook RUN                             look at it in Jupyter, slice by slice; and see how networks work
   medseg doctor                                   what this machine can do, and what to do where it cannot
 
 For research use only; not a medical device."""

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from medseg.cli.reading import reading_options
+
 if TYPE_CHECKING:
+    from medseg.formats import Reading
     from medseg.reports.pairs import MissingPolicy
 
 
@@ -31,10 +34,17 @@ if TYPE_CHECKING:
 )
 @click.option("--missing", default="error", show_default=True, type=click.Choice(["error", "count", "skip"]),
               help="A reference without a prediction: refuse, count it as a missed case, or leave it out.")  # fmt: skip
+@click.option("--instances", is_flag=True,
+              help="Each value of the label files is one object of one class (nuclei, lesions): panoptic quality (pq, "
+              "sq, rq) and the counts of lesions are of these, not of connected components.")  # fmt: skip
+@click.option("--probabilities", metavar="FOLDER", type=click.Path(path_type=Path),
+              help="What medseg predict --probabilities wrote: also calibration (ECE), over the scan and near the "
+              "structures.")  # fmt: skip
 @click.option("--report", is_flag=True, help="Also write report.html into the output folder: one page, for people.")
 @click.option("--images", type=click.Path(path_type=Path),
               help="The scans, named by case, for the pictures of the report; without them: masks alone.")  # fmt: skip
 @click.option("--threads", default=2, show_default=True, help="Cases measured at a time.")
+@reading_options
 def evaluate(
     predictions: Path,
     references: Path,
@@ -43,9 +53,12 @@ def evaluate(
     metrics: str | None,
     labels: str | None,
     missing: str,
+    instances: bool,
+    probabilities: Path | None,
     report: bool,
     images: Path | None,
     threads: int,
+    reading: Reading,
 ) -> None:
     """Measure how well PREDICTIONS agree with REFERENCES: two files, or two folders with the same case names.
 
@@ -60,6 +73,8 @@ def evaluate(
       medseg evaluate labels references -o scores
       medseg evaluate labels references -o scores --report --images scans
       medseg evaluate nnunet_output labelsTs --labels "{liver: 1, tumour: 2}"
+      medseg evaluate labels references --probabilities labels/probabilities -o scores
+      medseg evaluate nuclei references --instances -o scores
     """
     if report and output is None:
         raise click.UsageError("--report needs a folder for the page: -o FOLDER")
@@ -74,6 +89,9 @@ def evaluate(
     from medseg.reports.progress import counting_bar
     from medseg.reports.tables import print_evaluation
 
+    if instances and metrics is None:
+        metrics = "default,pq,sq,rq"
+    names = None if metrics is None else metric_names(f"dice,{metrics}")
     console = Console()
     with counting_bar(console, "measuring cases") as progress:
         evaluation = evaluate_folders(
@@ -81,22 +99,25 @@ def evaluate(
             references,
             labels=None if labels is None else Labels.from_mapping(table_of(labels)),
             tolerance_mm=tolerance,
-            names=None if metrics is None else metric_names(f"dice,{metrics}"),
+            names=names,
             missing=cast("MissingPolicy", missing),
             num_threads=threads,
             progress=progress,
+            reading=reading,
+            instances=instances,
+            probabilities=probabilities,
         )
     print_evaluation(evaluation, console)
     if output is not None:
         evaluation.write(output)
-        written = f"{output / 'metrics.csv'}, summary.csv, metrics.json"
+        written = f"{output / 'metrics.csv'}, summary.csv{', calibration.csv' if probabilities else ''}, metrics.json"
         if report:
             from medseg.reports.html.comparison import write_evaluation_report
 
             policy = cast("MissingPolicy", missing)
             with console.status("drawing the report"):
                 page = write_evaluation_report(
-                    output, evaluation, predictions, references, images=images, missing=policy
+                    output, evaluation, predictions, references, images=images, missing=policy, reading=reading
                 )
             written += f", {page.name}"
         console.print(f"written: {written}", highlight=False, soft_wrap=True)

@@ -63,7 +63,11 @@ class OfDataOrModel(click.Command):
               help="Of the feature maps, for their memory.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts instead of a table.")
 @click.option("--all", "every", is_flag=True, help="A row for each normalisation and activation, too.")
-@click.option("--effective", is_flag=True, help="Measure the effective receptive fields from gradients, too.")
+@click.option(
+    "--effective",
+    is_flag=True,
+    help="Measure the effective receptive fields from gradients, too: in --image, or in noise.",
+)
 @click.option("-o", "--output", "folder", metavar="FOLDER", type=click.Path(path_type=Path),
               help="Write layers.json, architecture.svg and, of a run, pictures of what it has learnt.")  # fmt: skip
 @click.option("--image", metavar="SCAN", type=click.Path(path_type=Path),
@@ -144,7 +148,7 @@ def inspect_model(
         scene = Scene.read(image, chosen.info, _place(at), reading)
     chosen.model.to(where)
     table = print_subject(
-        chosen, console, as_json=as_json, precision=precision, every=every, wanted=wanted, folder=folder
+        chosen, console, as_json=as_json, precision=precision, every=every, wanted=wanted, folder=folder, scene=scene
     )
     if folder is not None and chosen.info is not None:
         draw_subject(chosen, table, folder, Console(stderr=True) if as_json else console, wanted=wanted, scene=scene)

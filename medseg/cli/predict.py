@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -20,7 +20,7 @@ EXIT_BAD_CASES = 3
 
 @click.command("predict", short_help="Label scans with a trained model.")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.argument("inputs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the label files.")
 @click.option("--checkpoint", default="best", show_default=True, type=click.Choice(["best", "latest"]),
               help="The weights of the best validation, or the last ones.")  # fmt: skip
@@ -34,7 +34,7 @@ EXIT_BAD_CASES = 3
               help="torch.compile; auto: on CUDA, once many tiles were predicted.")  # fmt: skip
 @click.option("--skip/--no-skip", default=True, show_default=True,
               help="Compute tiles of one and the same value (air) once. Exact: it only saves time.")  # fmt: skip
-@click.option("--format", "forms", default="nifti", show_default=True, metavar="LIST",
+@click.option("--format", "forms", show_default="nifti; dicom-seg with --to dicomweb", metavar="LIST",
               help="What to write: nifti, dicom-seg, rtstruct, or several with commas. DICOM needs DICOM.")  # fmt: skip
 @click.option("--postprocess/--no-postprocess", default=True, show_default=True,
               help="Keep only the largest component, where postprocessing.md of RUN says that it helps.")  # fmt: skip
@@ -44,12 +44,24 @@ EXIT_BAD_CASES = 3
 @click.option("--probabilities", is_flag=True,
               help="Also write probabilities/CASE.nii.gz: for each class, the background first. Large.")  # fmt: skip
 @click.option("--uncertainty", is_flag=True,
-              help="Also write uncertainty/CASE.nii.gz: 0 to 1, the entropy of the probabilities.")  # fmt: skip
+              help="Also write uncertainty/CASE.nii.gz, 0 to 1: the entropy of the mean of mirrored passes and folds; "
+              "and disagreement/CASE.nii.gz: how much of it is that they differ.")  # fmt: skip
 @click.option("--preview", is_flag=True, help="Also save an overlay picture (PNG) of each case.")
 @click.option("--resume", is_flag=True, help="Skip the cases that are done: same input, model and options.")
 @click.option("--on-bad-case", default="error", show_default=True, type=click.Choice(["error", "skip"]),
               help="A case that cannot be predicted ends the work, or is listed and left out.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace label files that exist already.")
+@click.option("--from", "source", type=(click.Choice(["dicomweb", "storage"]), str), metavar="KIND URL",
+              help="Predict what lies elsewhere: dicomweb https://… (a DICOM archive), storage s3://… "
+              "(also gs, az). Credentials: see docs/archive.md.")  # fmt: skip
+@click.option("--query", "queries", multiple=True, metavar="KEYWORD=VALUE",
+              help="Which series of the archive: StudyDate=20260101-20260331, … Repeat for several.")  # fmt: skip
+@click.option("--to", "sink", type=(click.Choice(["dicomweb", "storage"]), str), metavar="KIND URL",
+              help="Store SEG and RTSTRUCT (dicomweb) or all files (storage) there instead of in OUT.")  # fmt: skip
+@click.option("--engine", default="local", show_default=True, type=click.Choice(["local", "ray"]),
+              help="Who works: this process, or a Ray cluster (RAY_ADDRESS, else one of this machine).")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), show_default="one for each GPU, else for each node",
+              help="Processes of --engine ray; each holds the models.")  # fmt: skip
 @reading_options
 def predict(
     run: Path,
@@ -63,7 +75,7 @@ def predict(
     batch_size: int | None,
     compiled: Literal["auto", "on", "off"],
     skip: bool,
-    forms: str,
+    forms: str | None,
     postprocess: bool,
     classes: str | None,
     statistics: bool,
@@ -73,6 +85,11 @@ def predict(
     resume: bool,
     on_bad_case: Literal["error", "skip"],
     overwrite: bool,
+    source: tuple[str, str] | None,
+    queries: tuple[str, ...],
+    sink: tuple[str, str] | None,
+    engine: Literal["local", "ray"],
+    workers: int | None,
     reading: Reading,
 ) -> None:
     """Label scans with the models of RUN: a folder that medseg train or medseg select made.
@@ -96,6 +113,8 @@ def predict(
     Exit status: 0 all is predicted; 2 refused, or ended by a bad case; 3 ended, but bad cases were left out;
     130 stopped by Ctrl-C.
 
+    Scans of a DICOM archive or an object store (--from, --to) and clusters (--engine ray): docs/archive.md.
+
     \b
       medseg predict runs/2026-01-31_10-00-00_unet scan.nii.gz -o labels
       medseg predict RUN patient7/CT_series patient8/CT_series -o labels --preview
@@ -103,6 +122,7 @@ def predict(
       medseg predict RUN folder_of_scans -o labels --resume --on-bad-case skip --statistics
       medseg predict RUN scan.nii.gz -o labels --classes liver,spleen
       medseg predict RUN export.zip -o labels --format nifti,dicom-seg,rtstruct
+      medseg predict RUN --from dicomweb https://pacs/dicom-web --to dicomweb https://pacs/dicom-web -o WORK
     """
     from rich.console import Console
 
@@ -111,20 +131,22 @@ def predict(
     from medseg.inference.folder import predict_inputs, refuse_swapped
     from medseg.inference.job import Options
 
-    wanted_forms = forms_of(forms)
+    if not inputs and source is None:
+        raise click.UsageError("Missing argument 'INPUTS...' or option '--from'.")
+    wanted_forms = forms_of(forms or ("dicom-seg" if sink is not None and sink[0] == "dicomweb" else "nifti"))
     refuse_swapped(run, inputs)
-    ensemble = Ensemble.from_run(
-        run,
-        checkpoint=checkpoint,
-        device=device,
-        precision=precision,
-        step=step,
-        mirror=mirror,
-        batch_size=batch_size,
-        skip=skip,
-        compile=compiled,
-        postprocess=postprocess,
-    )
+    settings: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "device": device,
+        "precision": precision,
+        "step": step,
+        "mirror": mirror,
+        "batch_size": batch_size,
+        "skip": skip,
+        "compile": compiled,
+        "postprocess": postprocess,
+    }
+    ensemble = Ensemble.from_run(run, **settings)
     options = Options(
         forms=wanted_forms,
         reading=reading,
@@ -137,7 +159,25 @@ def predict(
         resume=resume,
         on_bad_case=on_bad_case,
     )
-    if predict_inputs(ensemble, inputs, output, Console(), options).bad:
+    if source is None and sink is None and not queries and engine == "local":
+        outcome = predict_inputs(ensemble, inputs, output, Console(), options)
+    else:
+        from medseg.inference.folder import in_this_process
+        from medseg.remote.cluster import ray_engine
+        from medseg.remote.predict import predict_remote, query_of
+
+        outcome = predict_remote(
+            ensemble,
+            inputs,
+            output,
+            Console(),
+            options,
+            source=source,
+            sink=sink,
+            query=query_of(queries),
+            engine=in_this_process if engine == "local" else ray_engine(run, settings, workers),
+        )
+    if outcome.bad:
         sys.exit(EXIT_BAD_CASES)
 
 

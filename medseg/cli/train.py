@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import click
 
 from medseg.cli.keys import asks_for_help, print_help
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-"""Of the log in a run's folder, as in configs/train.yaml."""
 PLAN_HELP = """Plan without training: `medseg plan key=value ...` (Hydra, any key of train).
 
 Reads the cases once and says what a training would do with them and why, and which cases are unlike the rest.
@@ -57,13 +54,22 @@ def train(arguments: tuple[str, ...]) -> None:
         print_help("train", arguments)
         return
     from medseg.config import resumed, run_hydra
+    from medseg.training.distributed import begun_before, is_follower, refuse_sweep
+    from medseg.training.run_folder import has_begun
+    from medseg.training.train import follow, log_to
     from medseg.training.train import train as train_model
 
+    refuse_sweep(arguments)
+    if is_follower():
+        follow()
+        return
     to_resume = [argument.partition("=")[2] for argument in arguments if argument.startswith("resume=")]
+    if not to_resume and (begun := begun_before()) is not None and has_begun(begun):
+        to_resume, arguments = [str(begun)], ()
     if to_resume:
         run = Path(to_resume[-1]).expanduser().absolute()
         experiment = resumed(run, [a for a in arguments if not a.startswith("resume=")])
-        logging.basicConfig(filename=run / "train.log", level=logging.INFO, format=LOG_FORMAT)
+        log_to(run)
         train_model(experiment, run)
     else:
         run_hydra("train", arguments, train_model)

@@ -92,7 +92,7 @@ class DataFolder:
 
 def visible(folder: Path) -> list[Path]:
     """What lies in a folder without hidden entries, sorted."""
-    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda path: path.name)
 
 
 def is_series(folder: Path) -> bool:
@@ -124,9 +124,17 @@ def image_paths(folder: Path, bad: Bad | None = None) -> dict[str, Path]:
         MedsegError: E_DUPLICATE_ID if two have the same id.
     """
     found: dict[str, Path] = {}
-    slices = is_series(folder)  # whose headers are not read one by one
-    for path in visible(folder):
-        if path.is_file() and is_image_file(path) and (slices or not is_annotation(path)):
+    inside = visible(folder)
+    annotations: set[Path] = set()
+    slices = False  # of a series, whose headers are not read one by one
+    for path in inside:
+        if is_dicom(path):
+            if not is_annotation(path):
+                slices = True
+                break
+            annotations.add(path)
+    for path in inside:
+        if is_image_file(path) and (slices or path not in annotations):
             add_entry(found, strip_suffix(path.name), path, bad)
         elif is_series(path):
             add_entry(found, path.name, path, bad)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from medseg.data.plan import Plan
 from medseg.errors import Code, MedsegError
@@ -167,6 +166,8 @@ def _nonzero(array: NDArray[np.generic]) -> NDArray[np.bool_]:
 
 def _body(array: NDArray[np.generic]) -> NDArray[np.bool_]:
     """Voxels of (C, *S) that are not 0 in any channel, holes filled: zeros that no way of faces joins to the border."""
+    from scipy import ndimage
+
     outside, _ = ndimage.label(~_nonzero(array))
     borders = [np.take(outside, end, axis=axis) for axis in range(outside.ndim) for end in (0, -1)]
     reached = np.zeros(int(outside.max()) + 1, dtype=bool)

@@ -371,13 +371,15 @@ def _refuse_leak(split: Split, patients: Mapping[str, str]) -> None:
                 sides.setdefault(patients[case_id], set()).add(name)
     leaks = sorted(patient for patient, on in sides.items() if len(on) > 1)
     if leaks:
+        # By their cases: what a manifest calls its patients may be their names, and this ends up in logs.
         both = [case_id for case_id, patient in patients.items() if patient == leaks[0]]
         raise MedsegError(
             Code.LEAK,
-            f"{len(leaks)} patients are on two sides of the split",
-            where=name_some(leaks),
+            f"{len(leaks)} patient(s) are on two sides of the split",
+            where=f"the cases {name_some(both)}" + (" and those of the others" if len(leaks) > 1 else ""),
             expected="all cases of a patient in one of train, val, test",
-            got=f"{leaks[0]}: cases {name_some(both)} in {', '.join(sorted(sides[leaks[0]]))}",
-            remedy="correct the split column, data.split.file or data.split.validation; or give every case its "
+            got=f"cases of one patient in {', '.join(sorted(sides[leaks[0]]))}",
+            remedy="look for these cases in the manifest (column patient); correct the split column, data.split.file "
+            "or data.split.validation; or give every case its "
             "patient in the manifest, and set data.split.by=patient",
         )

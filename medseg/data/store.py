@@ -5,11 +5,11 @@ is asked of the readers, the label table, the settings of the plan that shape it
 prepares, with the versions of the libraries that it uses. Whatever changes, the key changes: an entry is never stale,
 only useless. Names tell nothing of the patient.
 
-**Entries** are folders. They are written under another name and moved to their own once they are whole, so that
-processes that prepare at the same time, and processes that are killed, leave whole entries or none. Nothing is forced
-to the disk (fsync, for which small cases would wait longest): a power cut may tear an entry, and that is found like any
-other damage, by the checksum of every file, which is verified when an entry is opened. A damaged entry is reported and
-made again.
+**Entries** are folders, or single files where they hold no arrays. They are written under another name and moved to
+their own once they are whole, so that processes that prepare at the same time, and processes that are killed, leave
+whole entries or none. Nothing is forced to the disk (fsync, for which small cases would wait longest): a power cut may
+tear an entry, and that is found like any other damage, by the checksum of every file, which is verified when an entry
+is opened. A damaged entry is reported and made again.
 
 **Old entries** go by themselves: those that no run has used for `KEEP_DAYS`, when a run opens the store. The whole
 folder can be deleted whenever no run is using it.
@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from medseg.data.layouts import Case
@@ -57,6 +58,8 @@ days are deleted; the whole folder can be deleted whenever no run is using it. N
 It holds the voxels of the cases: protect it like the data.
 """
 _TEMPORARY = ".new-"
+_HALVES = (".hdr", ".img", ".hdr.gz", ".img.gz")
+"""Endings of the halves of a NIfTI pair."""
 _READ_BYTES = 1 << 20
 _LIBRARIES = ("numpy", "scipy", "torch", "nibabel", "pydicom", "pyjpegls", "python-gdcm", "pillow")
 """What decodes and resamples."""
@@ -66,7 +69,7 @@ _CODE = ("formats", "data", "label_values.py", "labels.py", "resampling.py", "vo
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry that is whole: its folder, and the values beside its files."""
+    """An entry that is whole: its folder (the file itself where there are values alone), and its values."""
 
     folder: Path
     values: Mapping[str, Any]
@@ -116,13 +119,14 @@ class Store:
         if self.folder is None:
             return None
         folder = self.folder / key
+        is_folder = folder.is_dir()
         try:
-            content = parse_json((folder / CONTENT).read_bytes())
+            content = parse_json((folder / CONTENT if is_folder else folder).read_bytes())
             values, sums = content["values"], content["sums"]
             whole = content["digest"] == _digest_of(values, sums)
             whole = whole and all(_checksum(folder / name) == wanted for name, wanted in sums.items())
         except FileNotFoundError:
-            if not folder.exists():
+            if not is_folder:
                 return None
             whole = False
         except (OSError, ValueError, KeyError, TypeError):
@@ -151,10 +155,11 @@ class Store:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "README.txt").write_text(README.format(days=KEEP_DAYS), encoding="utf-8")
-            temporary.mkdir()
+            if files:
+                temporary.mkdir()
             for name, data in files.items():
                 (temporary / name).write_bytes(data)
-            (temporary / CONTENT).write_text(json.dumps(content), encoding="utf-8")
+            (temporary / CONTENT if files else temporary).write_bytes(json.dumps(content).encode())
             try:
                 temporary.rename(self.folder / key)
             except OSError as error:  # another process was first: its entry holds the same
@@ -172,7 +177,7 @@ class Store:
                 "(data.store=null)",
             ) from error
         finally:
-            if temporary.is_dir():
+            if temporary.exists():
                 _delete(temporary)
         return Entry(self.folder / key, values)
 
@@ -253,6 +258,8 @@ def files_of(part: Source | DrawnLabel | None) -> Iterator[Path]:
         yield from sorted(p for p in part.rglob("*") if p.is_file())
     else:
         yield part
+        if not part.name.lower().endswith(_HALVES):
+            return
         for one, other in ((".hdr", ".img"), (".img", ".hdr")):  # the halves of a NIfTI pair
             for ending in ("", ".gz"):
                 if part.name.lower().endswith(one + ending):
@@ -281,7 +288,15 @@ def _version(library: str) -> str | None:
 
 
 def _stamps(case: Case) -> list[tuple[int, int]]:
-    stats = [path.stat() for part in (*case.images, case.label) for path in files_of(part)]
+    """Size and time of all files of a case."""
+    stats: list[os.stat_result] = []
+    for part in (*case.images, case.label):
+        if isinstance(part, Path) and not part.name.lower().endswith(_HALVES):
+            stat = part.stat()
+            if not S_ISDIR(stat.st_mode):
+                stats.append(stat)
+                continue
+        stats += [path.stat() for path in files_of(part)]
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
@@ -297,14 +312,15 @@ def _checksum(path: Path) -> int:
     return total
 
 
-def _delete(folder: Path) -> None:
-    """Take a folder away: its name first, so that nobody meets half of it."""
-    grave = folder.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-    try:
-        folder.rename(grave)
-    except OSError:  # somebody else was first
-        return
-    shutil.rmtree(grave, ignore_errors=True)
+def _delete(entry: Path) -> None:
+    """Take an entry away: its name first, so that nobody meets half of it."""
+    grave = entry.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    with suppress(OSError):  # somebody else was first
+        entry.rename(grave)
+        if grave.is_dir():
+            shutil.rmtree(grave, ignore_errors=True)
+        else:
+            grave.unlink()
 
 
 def _tidy(folder: Path) -> None:
@@ -313,7 +329,7 @@ def _tidy(folder: Path) -> None:
     for path in folder.iterdir():
         days = KEEP_DAYS if len(path.name) == 64 else 1 if path.name.startswith(_TEMPORARY) else None
         try:
-            if days is not None and path.is_dir() and now - path.stat().st_mtime > days * 86400:
+            if days is not None and now - path.stat().st_mtime > days * 86400:
                 _delete(path)
         except OSError:  # another process tidies too
             continue

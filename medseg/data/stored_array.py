@@ -23,10 +23,10 @@ from medseg.errors import Code, MedsegError
 
 STEPS_PER_UNIT = 512
 """Steps of a rounded image in one standard deviation, at least; 2 to a power."""
-CHUNK = {2: 512, 3: 64}
-"""Edge of a chunk in voxels, by number of axes: what is found in the file by one look."""
 BLOCK = {2: 128, 3: 32}
-"""Edge of a block in voxels, by number of axes: what is decompressed at a time. Half a usual patch."""
+"""Edge of a block in voxels, by number of axes, about: what is decompressed at a time. Half a usual patch."""
+CHUNK = {2: 4, 3: 2}
+"""Blocks along an edge of a chunk, by number of axes: what is found in the file by one look."""
 LEVEL = 1
 """Of Zstandard, the fastest."""
 _WIDEST = 2**30
@@ -82,19 +82,22 @@ def compressed(array: NDArray[np.integer[Any]], blocks: tuple[int, ...]) -> byte
 
     Args:
         array: shape (..., *S); leading axes are chunked one by one.
-        blocks: voxels of a block along the axes of S.
+        blocks: voxels of a block along the axes of S, about.
     """
     import blosc2
 
     lead = (1,) * (array.ndim - len(blocks))
-    edges = [max(CHUNK[len(blocks)], b) if b > 1 else 1 for b in blocks]
+    sizes = array.shape[len(lead) :]
+    # Even parts, for Blosc2 fills the last block and chunk up: 35 voxels are one block and not two of 32
+    edges = [-(-n // max(1, round(n / b))) if b > 1 else 1 for b, n in zip(blocks, sizes, strict=True)]
+    chunks = [min(n, CHUNK[len(blocks)] * e) if e > 1 else 1 for e, n in zip(edges, sizes, strict=True)]
     stored = blosc2.asarray(
         np.ascontiguousarray(array),
-        chunks=(*lead, *(min(c, n) for c, n in zip(edges, array.shape[len(lead) :], strict=True))),
-        blocks=(*lead, *(min(b, n) for b, n in zip(blocks, array.shape[len(lead) :], strict=True))),
+        chunks=(*lead, *chunks),
+        blocks=(*lead, *edges),
         # One thread: Blosc2 would make its own beside ours, and cases go in parallel anyway
-        cparams=blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=LEVEL, filters=[blosc2.Filter.SHUFFLE], nthreads=1),
-        dparams=blosc2.DParams(nthreads=1),
+        cparams={"codec": blosc2.Codec.ZSTD, "clevel": LEVEL, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
+        dparams={"nthreads": 1},
     )
     content: bytes = stored.to_cframe()
     return content

@@ -38,6 +38,8 @@ SAMPLE_VOXELS = 100_000
 """Voxels of a case that its intensity statistics are taken from: the 0.5 % tails then still hold 500."""
 POOLED_VOXELS = 4_000
 """Of these, voxels that the statistics of the whole data set are taken from."""
+COUNTED_VOXELS = 1 << 20
+"""Voxels of a label that are counted at a time."""
 
 Progress = Callable[[int, int], None]
 
@@ -85,7 +87,7 @@ def survey(
     Raises:
         MedsegError: the one problem, or all of them in one table; E_LABEL where no table of labels fits the cases.
     """
-    declared, labels_from = _declared(folder, declared_labels, regions_order)
+    declared, labels_from = labels_declared(folder, declared_labels, regions_order)
     readings, problems = _read_all(folder, declared, num_threads, reading, store or Store(None), progress)
     if declared is not None:
         problems.update(_undeclared(readings.values(), declared))
@@ -95,7 +97,7 @@ def survey(
     if refused is not None:
         refused.update(problems)
     if on_bad_case == "error" or all_bad:
-        _raise_problems(problems, len({*problems, *(case.case_id for case in folder.cases)}), can_skip=not all_bad)
+        raise_problems(problems, len({*problems, *(case.case_id for case in folder.cases)}), can_skip=not all_bad)
     good = [readings[case.case_id] for case in folder.cases if case.case_id not in problems]
     labels = declared or _labels_of_values(good)
     infos = tuple(_with_classes(reading, labels) for reading in good)
@@ -129,7 +131,7 @@ def survey(
     )
 
 
-def _declared(
+def labels_declared(
     folder: DataFolder, declared_labels: Mapping[str, Any] | None, regions_order: Sequence[str] | None
 ) -> tuple[Labels | None, str]:
     """The label table as somebody declares it, and who."""
@@ -231,8 +233,9 @@ def _counts(label: NDArray[np.integer[Any]]) -> dict[int, int]:
     """Voxels of each value that occurs, in ascending order."""
     if label.size and label.min() >= 0 and label.max() < 1 << 16:  # nothing to sort or to hash
         counts = np.zeros(int(label.max()) + 1, np.int64)
-        for plane in label:  # bincount copies what it counts to 64 bits
-            counts += np.bincount(plane.reshape(-1), minlength=len(counts))
+        flat = label.ravel(order="K")
+        for begin in range(0, flat.size, COUNTED_VOXELS):  # bincount copies what it counts to 64 bits
+            counts += np.bincount(flat[begin : begin + COUNTED_VOXELS], minlength=len(counts))
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     return {int(value): int(count) for value, count in zip(*np.unique(label, return_counts=True), strict=True)}
 
@@ -324,7 +327,7 @@ def _with_classes(reading: _CaseRead, labels: Labels) -> CaseInfo:
     return replace(reading.info, label_voxels=label_voxels, ignored_voxels=int(counts[IGNORE_INDEX]))
 
 
-def _raise_problems(problems: Mapping[str, MedsegError], num_cases: int, *, can_skip: bool) -> None:
+def raise_problems(problems: Mapping[str, MedsegError], num_cases: int, *, can_skip: bool) -> None:
     """Raise the one problem, or all in a table; `can_skip`: cases remain without the bad ones."""
     if not problems:
         return

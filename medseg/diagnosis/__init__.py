@@ -37,10 +37,14 @@ class Diagnosis:
         """The worst of all checks."""
         return max((check.status for check in self.checks), key=list(Status).index)
 
+    def record(self) -> dict[str, Any]:
+        """Plain values, for a bug report and for the manifest of a run."""
+        checks = [asdict(check) for check in self.checks]
+        return {"format": FORMAT, "status": str(self.status), "environment": self.environment, "checks": checks}
+
     def to_json(self) -> str:
         """For scripts."""
-        content: dict[str, Any] = {"format": FORMAT, "status": self.status, "environment": self.environment}
-        return json.dumps({**content, "checks": [asdict(check) for check in self.checks]}, indent=2, ensure_ascii=False)
+        return json.dumps(self.record(), indent=2, ensure_ascii=False)
 
 
 def diagnose(runs: Path, device: str = "auto") -> Diagnosis:

@@ -42,7 +42,8 @@ RARE = frozenset({"HTJ2K"})
 def python() -> Check:
     """The interpreter, and which medseg it runs."""
     code = revision()
-    found = f"medseg {medseg.__version__}{f' ({code[:12]})' if code else ''} on Python {platform.python_version()}"
+    which = code[:12] if code else "revision unknown"
+    found = f"medseg {medseg.__version__} ({which}) on Python {platform.python_version()}"
     first, last = PYTHON_VERSIONS
     if not first <= sys.version_info[:2] <= last:
         between = " to ".join(f"{major}.{minor}" for major, minor in PYTHON_VERSIONS)

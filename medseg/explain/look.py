@@ -24,7 +24,7 @@ from medseg.explain.effective import EffectiveField, effective_field
 from medseg.explain.equivariance import Shift, shift_table
 from medseg.explain.excitation import STEPS, most_exciting
 from medseg.explain.layers import LayerTable, layer_table
-from medseg.explain.maps import feature_maps, first_filters, module_named, plane
+from medseg.explain.maps import feature_maps, first_filters, map_places, module_named, plane
 from medseg.explain.pictures import filter_grid, heat_map, image_grid, map_grid, save_picture
 from medseg.explain.saliency import answered, grad_cam, gradient_saliency, occlusion_saliency
 from medseg.explain.subject import Subject, output_named
@@ -78,6 +78,7 @@ def print_subject(
     every: bool,
     wanted: Wanted,
     folder: Path | None,
+    scene: Scene | None = None,
 ) -> LayerTable:
     """Print the layers of a network as a table or JSON, and write them with the drawing into a folder.
 
@@ -89,12 +90,15 @@ def print_subject(
         every: a row for each normalisation and activation too.
         wanted: whether effective receptive fields are measured.
         folder: gets `layers.json` and `architecture.svg`; None writes nothing.
+        scene: the scan in which effective receptive fields are measured; None is noise.
     Raises:
         MedsegError: E_MODEL for a size that does not fit; E_OUTPUT.
     """
     table = layer_table(subject.model, subject.size)
-    fields = _effective(subject, table) if wanted.effective else {}
+    fields = _effective(subject, table, scene) if wanted.effective else {}
     content = {"model": subject.name, **table.to_json(precision), "training_step": _training(subject, precision)}
+    if fields:
+        content["effective_on"] = "noise" if scene is None else "scan"
     for name, field in fields.items():
         entry = content["total"] if not name else next(s for s in content["stages"] if s["stage"] == name)
         entry |= {"effective_field": field.size, "effective_extent": list(field.extent)}
@@ -112,7 +116,7 @@ def print_subject(
             f"{precision} on a CPU (estimated).", style="dim", highlight=False,
         )  # fmt: skip
         if fields:
-            _print_effective(fields, table, console)
+            _print_effective(fields, table, console, content["effective_on"])
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(folder / LAYERS_FILE, ".json") as temporary:
@@ -121,7 +125,8 @@ def print_subject(
         if fields:
             heat = fields[""].influence
             middle = heat if heat.dim() == 2 else heat[heat.shape[0] // 2]
-            save_picture(folder / "effective_field.png", heat_map(torch.zeros_like(middle), middle))
+            below = torch.zeros_like(middle) if scene is None else plane(scene.tile(subject.size)[:1])[0]
+            save_picture(folder / "effective_field.png", heat_map(below, middle))
     return table
 
 
@@ -143,7 +148,8 @@ def draw_subject(
     for name in wanted.layers:  # before any work
         module_named(subject.model, name)
     output_named(subject, wanted.class_name, [0] * len(subject.outputs))
-    layers = wanted.layers or tuple(_stages_with_maps(table))
+    places = map_places(subject.model, table)
+    layers = wanted.layers or places.stages
     written: list[str] = []
     with Progress(console=console, transient=True) as progress:
         if "filters" in wanted.what:
@@ -151,7 +157,7 @@ def draw_subject(
             save_picture(folder / "filters.png", filter_grid(weights))
             written.append(f"filters.png: {len(weights)} filters of {name}; grey is 0")
         if "excitation" in wanted.what:
-            written += _excitations(subject, table, wanted, folder, progress)
+            written += _excitations(subject, table, wanted.layers or places.stages[:1], wanted.steps, folder, progress)
         if scene is not None:
             tile = scene.tile(subject.size, _device(subject))
             share = scene.depth(subject.size)
@@ -163,32 +169,26 @@ def draw_subject(
                     save_picture(folder / "maps" / f"{name or 'result'}.png", map_grid(plane(maps, share)[:MAX_MAPS]))
                 written.append(f"maps/: {len(layers)} layers, row by row from map 0 on, {MAX_MAPS} at most")
             if "saliency" in wanted.what:
-                written += _saliencies(subject, table, wanted, tile, share, folder, progress)
+                layer = wanted.layers[-1] if wanted.layers else places.before_scores
+                written += _saliencies(subject, layer, wanted.class_name, tile, share, folder, progress)
     for line in written:
         console.print(f"  {line}", highlight=False, markup=False)
     if scene is not None and "shifts" in wanted.what:
         _shifts(subject, scene, folder, console)
 
 
-def _effective(subject: Subject, table: LayerTable) -> dict[str, EffectiveField]:
-    """The effective receptive fields of the stages and, under "", of the result."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((NUM_EFFECTIVE, subject.model.in_channels, *subject.size), generator=generator)
-    return effective_field(subject.model, images.to(_device(subject)), layers=("", *_stages_with_maps(table)))
+def _effective(subject: Subject, table: LayerTable, scene: Scene | None) -> dict[str, EffectiveField]:
+    """The effective receptive fields of the stages and, under "", of the result: in the scan, or in noise."""
+    if scene is None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn((NUM_EFFECTIVE, subject.model.in_channels, *subject.size), generator=generator)
+    else:
+        images = scene.tile(subject.size)[None]
+    layers = ("", *map_places(subject.model, table).stages)
+    return effective_field(subject.model, images.to(_device(subject)), layers=layers)
 
 
-def _stages_with_maps(table: LayerTable) -> list[str]:
-    """Stages that end with a map over the image's axes, but not the result itself, which stands for the network."""
-    found = []
-    for stage in table.stages:
-        is_network = not stage or any(other.startswith(f"{stage}.") for other in table.stages)
-        last = table.of_stage(stage)[-1]
-        if not is_network and None not in last.jump:
-            found.append(stage)
-    return found
-
-
-def _print_effective(fields: dict[str, EffectiveField], table: LayerTable, console: Console) -> None:
+def _print_effective(fields: dict[str, EffectiveField], table: LayerTable, console: Console, source: str) -> None:
     view = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for title in ("receptive field of", "in theory", "effective", "its extent"):
         view.add_column(title, justify="left" if title.endswith("of") else "right")
@@ -200,8 +200,9 @@ def _print_effective(fields: dict[str, EffectiveField], table: LayerTable, conso
         view.add_row(escape(name or "the result"), seen, f"{field.size:.1f}", times(field.extent))
     console.print(view)
     console.print(
-        "effective: side of as many voxels as have more than 4.6 % of the strongest gradient (Luo et al. 2016), which "
-        "the image bounds; extent: from the first to the last of them.", style="dim", highlight=False,
+        f"effective, in {'noise' if source == 'noise' else 'this scan'}: side of as many voxels as have more than "
+        "4.6 % of the strongest gradient (Luo et al. 2016), which the image bounds; extent: from the first to the "
+        "last of them.", style="dim", highlight=False,
     )  # fmt: skip
 
 
@@ -214,9 +215,10 @@ def _training(subject: Subject, precision: str) -> dict[str, Any]:
     return {"batch_size": subject.batch_size, "device": "cpu", "precision": precision, "gib": round(held / GIB, 2)}
 
 
-def _excitations(subject: Subject, table: LayerTable, wanted: Wanted, folder: Path, progress: Progress) -> list[str]:
+def _excitations(
+    subject: Subject, table: LayerTable, layers: Sequence[str], steps: int, folder: Path, progress: Progress
+) -> list[str]:
     """What excites the filters of the layers that were named, or else of the first stage: deeper ones take minutes."""
-    layers = wanted.layers or tuple(_stages_with_maps(table)[:1])
     (folder / "excitation").mkdir(exist_ok=True)
     lines = []
     for name in layers:
@@ -232,9 +234,9 @@ def _excitations(subject: Subject, table: LayerTable, wanted: Wanted, folder: Pa
         size = subject.model.next_size(tuple(min(n, max(2 * (f or n), 2 * d)) for n, f, d in lengths))
         size = tuple(min(n, m) for n, m in zip(size, subject.size, strict=True))
         number = inside[-1].output[0] if inside else subject.model.num_classes
-        task = progress.add_task(f"what excites {name}", total=wanted.steps)
+        task = progress.add_task(f"what excites {name}", total=steps)
         found = most_exciting(
-            subject.model, name, range(min(number, MAX_EXCITED)), size, steps=wanted.steps,
+            subject.model, name, range(min(number, MAX_EXCITED)), size, steps=steps,
             progress=_advancing(progress, task),
         )  # fmt: skip
         save_picture(folder / "excitation" / f"{name or 'result'}.png", image_grid(plane_of_images(found.images)))
@@ -249,8 +251,8 @@ def plane_of_images(images: Tensor) -> Tensor:
 
 def _saliencies(
     subject: Subject,
-    table: LayerTable,
-    wanted: Wanted,
+    layer: str | None,
+    class_name: str | None,
     tile: Tensor,
     share: float | None,
     folder: Path,
@@ -260,16 +262,11 @@ def _saliencies(
     with torch.no_grad():
         logits = model(tile[None])[0]
     counts = [int(answered(logits, i, overlapping=overlapping).sum()) for i in range(len(logits))]
-    output = output_named(subject, wanted.class_name, counts)
+    output = output_named(subject, class_name, counts)
     name = subject.outputs[output]
     voxels = answered(logits, output, overlapping=overlapping)
-    if not counts[output] and wanted.class_name is None:
+    if not counts[output] and class_name is None:
         return ["no saliency: the network sees no class here; --at or --class may change that"]
-    stages = _stages_with_maps(table)
-    # The last stage before the scores; see `grad_cam` for why not the coarsest
-    if not wanted.layers and not stages:
-        return ["no saliency: no stage of this network gives maps whose places are known; name a layer with --layer"]
-    layer = wanted.layers[-1] if wanted.layers else stages[-2:][0]
     sizes = [max(1, math.ceil(max(subject.size) / OCCLUSION_WINDOWS))] * len(subject.size)
     window = [min(n, 2 * s) for n, s in zip(subject.size, sizes, strict=True)]
     within = None
@@ -283,19 +280,21 @@ def _saliencies(
     task = progress.add_task("occlusion", total=math.prod(parts))
     heats = {
         "gradient": gradient_saliency(model, tile, output, voxels),
-        "grad_cam": grad_cam(model, tile, output, voxels, layer),
         "occlusion": occlusion_saliency(
             model, tile, output, voxels, window=window, step=sizes, within=within,
             progress=lambda number: progress.advance(task, number),
         ),
     }  # fmt: skip
+    if layer is not None:  # see `grad_cam` for why it is the last map before the scores, and not the coarsest
+        heats["grad_cam"] = grad_cam(model, tile, output, voxels, layer)
     below = plane(tile[:1], share)[0]
     for how, heat in heats.items():
         save_picture(
             folder / f"saliency_{how}.png", heat_map(below, plane(heat[None], share)[0], signed=how == "occlusion")
         )
+    cam = "no Grad-CAM: no layer of this network gives maps" if layer is None else f"saliency_grad_cam.png (of {layer})"
     return [
-        f"saliency_gradient.png, saliency_occlusion.png (red: needed for it), saliency_grad_cam.png (of {layer}): "
+        f"saliency_gradient.png, saliency_occlusion.png (red: needed for it), {cam}: "
         f"why {name} is seen in {counts[output]} voxels"
     ]
 

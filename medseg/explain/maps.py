@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from medseg.errors import Code, MedsegError, nearest
-from medseg.explain.tracing import evaluating
+from medseg.explain.layers import FILTERING, LayerTable
+from medseg.explain.tracing import evaluating, map_shapes
 from medseg.models import SegmentationModel
 
 
@@ -59,6 +63,49 @@ def watching(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tens
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class MapPlaces:
+    """Where in a network there are maps to look at.
+
+    Args:
+        stages: those that end with a map over the image's axes, in the order in which they begin.
+        before_scores: the stage whose map the scores are made of: the last one to end before the last convolution, or
+            the last module where no stage has a map; None where there is none.
+        coarsest: path of the module that ends with the coarsest map; the last of several.
+    """
+
+    stages: tuple[str, ...]
+    before_scores: str | None
+    coarsest: str
+
+
+def map_places(model: SegmentationModel, table: LayerTable) -> MapPlaces:
+    """Find the maps of a network, also of one whose receptive fields are not known (transformers).
+
+    Args:
+        model: the network.
+        table: its layers.
+    """
+    shapes = map_shapes(model, table.size)
+    stages, last = table.stages, [layer.name for layer in table.layers if layer.kind in FILTERING][-1:]
+    inner = {stage for stage in stages if stage and not any(other.startswith(f"{stage}.") for other in stages)}
+    with_maps = tuple(stage for stage in stages if stage in inner and stage in shapes)
+    # The scores come from the last convolution, which an activation may follow
+    ended = list(itertools.takewhile(lambda name: name not in last, shapes))
+    before = [name for name in ended if name in with_maps] or ended
+    # Not the first layer, which in a transformer cuts the image into pieces
+    placed = {
+        layer.name for layer in table.layers[1:] if None not in layer.jump and layer.output == shapes.get(layer.name)
+    }
+    voxels = {
+        name: math.prod(shape[1:]) for name, shape in shapes.items() if name and (name in placed or name in with_maps)
+    }
+    # Nor what a block squeezes to one number for each map: it has no place in the image
+    several = {name: number for name, number in voxels.items() if number > 1} or voxels
+    coarsest = min(reversed(several), key=lambda name: several[name], default="")
+    return MapPlaces(with_maps, before[-1] if before else None, coarsest)
 
 
 class _Enough(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from medseg.formats.atomic import whole_file
@@ -80,6 +80,19 @@ def heat_map(image: Tensor, heat: Tensor, *, signed: bool = False) -> Picture:
     colours = _coloured((share + 1) / 2, "coolwarm") if signed else _coloured(share, "inferno")
     veil = VEIL * np.abs(share)[..., None]
     return _enlarged((below * (1 - veil) + colours * veil).round().astype(np.uint8), SMALLEST_HEAT)
+
+
+def thumbnail(image: Tensor, side: int) -> Picture:
+    """A small square picture: grey, of three channels in colour, black beyond the image.
+
+    Args:
+        image: shape (C, H, W); of other numbers of channels the first is shown.
+        side: pixels.
+    """
+    channels = image if len(image) == 3 else image[:1]
+    array = np.moveaxis(_shaded(channels.detach().float().cpu().numpy()), 0, -1)
+    picture = Image.fromarray((255 * np.broadcast_to(array, (*array.shape[:2], 3))).round().astype(np.uint8))
+    return np.asarray(ImageOps.pad(picture, (side, side)))
 
 
 def save_picture(path: Path, picture: Picture) -> None:

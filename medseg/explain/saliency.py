@@ -126,7 +126,7 @@ def grad_cam(model: SegmentationModel, image: Tensor, output: int, voxels: Tenso
         image: shape (C, *spatial).
         output: number of the class.
         voxels: bool, shape (*spatial) of the result: where the class is explained.
-        layer: path of the module whose maps are weighted.
+        layer: path of the module whose maps are weighted; `map_places` finds the one before the scores.
     Returns:
         Shape (*spatial) of the image, at least 0. The maps are stretched over it: exact where the network pads.
     Raises:

@@ -65,11 +65,7 @@ class Scene:
 
     def start(self, size: Sequence[int]) -> tuple[int, ...]:
         """First voxel of a tile around the place, inside the scan as far as it is large enough."""
-        starts = []
-        for place, length, n in zip(self.place, size, self.image.shape[1:], strict=True):
-            wanted = place - length // 2
-            starts.append(min(max(wanted, 0), n - length) if n >= length else (n - length) // 2)
-        return tuple(starts)
+        return start_around(self.place, size, self.image.shape[1:])
 
     def tile(self, size: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """The tile around the place, (C, *size); zeros beyond the scan."""
@@ -78,3 +74,17 @@ class Scene:
     def depth(self, size: Sequence[int]) -> float | None:
         """Where the place lies along the first axis of its tile, as a share; None in 2D."""
         return (self.place[0] - self.start(size)[0] + 0.5) / size[0] if len(size) == 3 else None
+
+
+def start_around(place: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """First voxel of a tile.
+
+    Args:
+        place: voxel that is to lie in its middle.
+        size: of the tile.
+        shape: of the scan; the tile lies inside of it as far as it is large enough.
+    """
+    starts = []
+    for at, length, n in zip(place, size, shape, strict=True):
+        starts.append(min(max(at - length // 2, 0), n - length) if n >= length else (n - length) // 2)
+    return tuple(starts)

@@ -90,17 +90,54 @@ def trace(model: SegmentationModel, size: Sequence[int]) -> list[Call]:
     Raises:
         MedsegError: E_MODEL if the size does not fit; names the nearest that do.
     """
-    model.output_size(tuple(size))
-    held = itertools.chain(model.named_parameters(), model.named_buffers())
-    tensors = {name: tensor.detach().to("meta") for name, tensor in held}
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    image = torch.empty((1, model.in_channels, *size), device="meta", dtype=dtype)
+    tensors, image = _stand_ins(model, size)
     with _module_names(model) as running, evaluating(model), torch.no_grad():
         tracer = _Tracer(image, {name: tensors[name] for name, _ in model.named_parameters()}, running)
         with tracer:
             # tie_weights=True would leave the stand-ins in modules that are registered twice (MONAI's DynUNet)
             torch.func.functional_call(model, tensors, (image,), tie_weights=False)
     return tracer.calls
+
+
+def map_shapes(model: SegmentationModel, size: Sequence[int]) -> dict[str, Axes]:
+    """The modules that answer with one map over the image's axes, as `watching` can keep it.
+
+    Args:
+        model: as for `trace`.
+        size: of the image; must fit the model.
+    Returns:
+        Path of the module → shape (K, *spatial) of its map, in the order in which they end: a block after its parts.
+    Raises:
+        MedsegError: E_MODEL if the size does not fit; names the nearest that do.
+    """
+    tensors, image = _stand_ins(model, size)
+    shapes: dict[str, Axes] = {}
+
+    def note(name: str, output: object) -> None:
+        shapes.pop(name, None)  # a module may run twice
+        if isinstance(output, Tensor) and output.dim() == image.dim():
+            shapes[name] = tuple(output.shape[1:])
+
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output, name=name: note(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            torch.func.functional_call(model, tensors, (image,), tie_weights=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def _stand_ins(model: SegmentationModel, size: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+    """What a network holds, by name, and an image (1, C, *size), both without numbers in them."""
+    model.output_size(tuple(size))
+    held = itertools.chain(model.named_parameters(), model.named_buffers())
+    tensors = {name: tensor.detach().to("meta") for name, tensor in held}
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    return tensors, torch.empty((1, model.in_channels, *size), device="meta", dtype=dtype)
 
 
 class _Tracer(TorchFunctionMode):

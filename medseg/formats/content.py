@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import IO, cast
 
 from medseg.errors import Code, MedsegError
 
+GzipFile: type[gzip.GzipFile] = gzip.GzipFile
+_DEFLATE_ERROR: type[Exception] = zlib.error
+try:  # decompresses in less than half of the time
+    from isal import igzip, isal_zlib
+
+    GzipFile, _DEFLATE_ERROR = igzip.IGzipFile, cast("type[Exception]", isal_zlib.error)
+except ImportError:  # no wheel for this kind of machine
+    pass
+
+DAMAGED: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, _DEFLATE_ERROR)
+"""What reading a damaged gzip stream raises (gzip.BadGzipFile is an OSError)."""
 GZIP_MAGIC = b"\x1f\x8b"
 PICTURE_MAGICS = (b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"\xff\xd8\xff", b"GIF8")
 """First bytes of PNG, TIFF (either byte order), JPEG and GIF."""
@@ -38,6 +51,8 @@ REMEDY_OF_NAME = "give the file the ending of its content, or take it away"
 _TEXT_BYTES = bytes([9, 10, 13, *range(32, 127)])
 DICOM_MAGIC = b"DICM"
 DICOM_PREAMBLE_BYTES = 128
+_KIND_BYTES = 1024
+"""What is read of a file to tell its kind: enough of a gzip stream for its first bytes."""
 
 
 class Kind(Enum):
@@ -50,16 +65,20 @@ class Kind(Enum):
 
 def kind_of(path: Path) -> Kind | None:
     """The kind of a regular file, None if it is none of them."""
-    start = _start(path)
+    start = _start(path, _KIND_BYTES)
     if is_dicom_start(start):
         return Kind.DICOM
     if start.startswith(PICTURE_MAGICS):
         return Kind.PICTURE
-    try:
-        with open_stream(path) as stream:
-            size = stream.read(4)
-    except (OSError, EOFError, zlib.error):  # gzip that is damaged at its beginning
-        return None
+    size = start[:4]
+    if start.startswith(GZIP_MAGIC):
+        try:
+            size = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(start, 4)
+            if len(size) < 4:  # a name of this length before the first byte
+                with open_stream(path) as stream:
+                    size = stream.read(4)
+        except DAMAGED:  # at its beginning
+            return None
     if int.from_bytes(size, "little") in NIFTI_HEADER_BYTES or int.from_bytes(size, "big") in NIFTI_HEADER_BYTES:
         return Kind.NIFTI
     return None
@@ -108,20 +127,26 @@ def damage_with_content(path: Path, reason: str) -> tuple[str, str | None]:
     return f"{reason}; its content is {content}", REMEDY_OF_NAME
 
 
-def is_gzip(path: Path) -> bool:
-    """True if the content is gzip, whatever the name says."""
-    return _start(path).startswith(GZIP_MAGIC)
+@contextmanager
+def open_stream(path: Path) -> Iterator[IO[bytes]]:
+    """The content, decompressed if it is gzip; damage raises one of `DAMAGED` where it is met."""
+    with path.open("rb") as raw:
+        if raw.peek(len(GZIP_MAGIC)).startswith(GZIP_MAGIC):
+            with GzipFile(fileobj=raw) as stream:
+                yield cast("IO[bytes]", stream)
+        else:
+            yield raw
 
 
-def open_stream(path: Path) -> IO[bytes]:
-    """The content, decompressed if it is gzip."""
-    return cast("IO[bytes]", gzip.open(path, "rb")) if is_gzip(path) else path.open("rb")
+def is_inflating(stream: IO[bytes]) -> bool:
+    """True for a stream of `open_stream` that decompresses, whatever the name of its file says."""
+    return isinstance(stream, GzipFile)
 
 
-def _start(path: Path) -> bytes:
+def _start(path: Path, count: int = DICOM_PREAMBLE_BYTES + len(DICOM_MAGIC)) -> bytes:
     try:
-        with path.open("rb") as stream:
-            return stream.read(DICOM_PREAMBLE_BYTES + len(DICOM_MAGIC))
+        with path.open("rb", buffering=0) as stream:
+            return stream.read(count)
     except OSError as error:
         raise MedsegError(
             Code.UNSUPPORTED,

@@ -6,13 +6,12 @@ memory stays bounded (one result plus one chunk), and the gzip checksum is alway
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
-from medseg.formats.content import is_gzip, open_stream
+from medseg.formats.content import DAMAGED, is_inflating, open_stream
 from medseg.formats.limits import check_size
 from medseg.formats.nifti_form import FORM_TOLERANCE_VOXELS, disagreement_mm, placed_by
 from medseg.formats.nifti_names import CODES, names_extension
@@ -47,8 +46,6 @@ class Header:
 
     path: Path
     """The file that was asked for, for messages."""
-    data_path: Path
-    """The file that holds the voxels: `path`, or the .img of a pair."""
     grid: Grid
     file_shape: tuple[int, ...]
     """Shape as stored, channels last."""
@@ -76,39 +73,8 @@ def read_header(path: Path, reading: Reading = STRICT) -> Header:
         MedsegError: E_TRUNCATED, E_UNSUPPORTED (colour, complex, more than 4 dimensions), E_MISSING (half of a
             pair), E_NO_GEOMETRY, E_FORM, E_AFFINE, E_SHEAR, E_LIMIT.
     """
-    head_path, data_path = (
-        _pair(path) if path.name.lower().endswith((".hdr", ".hdr.gz", ".img", ".img.gz")) else (path,) * 2
-    )
-    header = _parse(head_path)
-    magic = bytes(header["magic"].tobytes())[:3]
-    if magic in PAIR_MAGIC and head_path == data_path:
-        raise MedsegError(
-            Code.MISSING,
-            "the file is the header half of a pair, under a name that does not tell where the other half is",
-            where=path.name,
-            expected="a name that ends in .hdr",
-            got=f"a pair's magic {magic.decode('ascii', 'replace')!r} under the ending {path.suffix or 'none'}",
-            remedy="name the two halves <name>.hdr and <name>.img",
-        )
-    if magic not in PAIR_MAGIC + SINGLE_MAGIC:
-        raise MedsegError(
-            Code.NO_GEOMETRY,
-            "Analyze 7.5 files do not say where the patient's left is",
-            where=path.name,
-            expected=f"a NIfTI magic, one of {[m.decode() for m in SINGLE_MAGIC + PAIR_MAGIC]}",
-            got=magic,
-            remedy="convert the original DICOM files to NIfTI",
-        )
-    if magic in SINGLE_MAGIC:
-        data_path = head_path
-    dtype = _dtype(header, path)
-    shape = _shape(header, path)
-    offset = _offset(header, path, at_least=0 if magic in PAIR_MAGIC else int(header["sizeof_hdr"]))
-    gzipped = is_gzip(data_path)
-    size = data_path.stat().st_size
-    check_size(shape, dtype.itemsize, size if gzipped else max(size - offset, 0), where=path.name, compressed=gzipped)
-    grid, notes = placed_by(header, shape[:3], path, reading)
-    return Header(path, data_path, grid, shape, dtype, offset, _scale(header), notes)
+    with _opened(path, reading) as (header, _, _):
+        return header
 
 
 def read_grid(path: Path, reading: Reading = STRICT) -> Grid:
@@ -127,14 +93,15 @@ def read_image(path: Path, reading: Reading = STRICT) -> Volume:
     Raises:
         MedsegError: as `read_header`; E_4D for undeclared channels; E_NONFINITE; E_TRUNCATED (also wrong CRC).
     """
-    header = read_header(path, reading)
-    if header.num_channels > 1 and not reading.channels:
-        raise _four_d(header, "declare the fourth dimension as channels, or split it into one file per channel")
-    flat = np.empty(math.prod(header.file_shape), dtype=np.float32)
-    not_finite = 0
-    for start, values in _chunks(header):
-        flat[start : start + values.size] = values
-        not_finite += values.size - int(np.isfinite(flat[start : start + values.size]).sum())
+    with _opened(path, reading) as (header, stream, position):
+        if header.num_channels > 1 and not reading.channels:
+            raise _four_d(header, "declare the fourth dimension as channels, or split it into one file per channel")
+        flat = np.empty(math.prod(header.file_shape), dtype=np.float32)
+        not_finite = 0
+        for start, values in _chunks(header, stream, position):
+            flat[start : start + values.size] = values
+            if values.dtype.kind == "f":
+                not_finite += values.size - int(np.isfinite(flat[start : start + values.size]).sum())
     if not_finite:
         raise MedsegError(
             Code.NONFINITE,
@@ -154,13 +121,13 @@ def read_label(path: Path, reading: Reading = STRICT) -> Volume:
     Raises:
         MedsegError: as `read_header`; E_4D; E_TRUNCATED.
     """
-    header = read_header(path, reading)
-    if header.num_channels > 1:
-        raise _four_d(header, "write one label map with one id per class")
-    native = header.dtype.newbyteorder("=")
-    flat = np.empty(math.prod(header.file_shape), dtype=np.float64 if header.scale else native)
-    for start, values in _chunks(header):
-        flat[start : start + values.size] = values
+    with _opened(path, reading) as (header, stream, position):
+        if header.num_channels > 1:
+            raise _four_d(header, "write one label map with one id per class")
+        native = header.dtype.newbyteorder("=")
+        flat = np.empty(math.prod(header.file_shape), dtype=np.float64 if header.scale else native)
+        for start, values in _chunks(header, stream, position):
+            flat[start : start + values.size] = values
     return Volume(flat.reshape(header.grid.shape, order="F"), header.grid, notes=header.notes)
 
 
@@ -198,6 +165,55 @@ def placed(array: NDArray[Any], grid: Grid) -> Any:
     return image
 
 
+@contextmanager
+def _opened(path: Path, reading: Reading) -> Iterator[tuple[Header, IO[bytes], int]]:
+    """A file's header as `read_header` gives it, its stream, and how much of that has been read."""
+    is_pair = path.name.lower().endswith((".hdr", ".hdr.gz", ".img", ".img.gz"))
+    head_path, data_path = _pair(path) if is_pair else (path, path)
+    with ExitStack() as files:
+        try:
+            stream = files.enter_context(open_stream(head_path))
+            raw, position = _parse(stream, head_path)
+            magic = bytes(raw["magic"].tobytes())[:3]
+            _check_magic(magic, path, is_alone=head_path == data_path)
+            if magic in SINGLE_MAGIC:
+                data_path = head_path
+            elif data_path != head_path:
+                stream, position = files.enter_context(open_stream(data_path)), 0
+            file_bytes = data_path.stat().st_size
+        except DAMAGED as error:
+            raise _truncated(path, error) from error
+        at_least = int(raw["sizeof_hdr"]) if data_path == head_path else 0
+        dtype, shape, offset = _dtype(raw, path), _shape(raw, path), _offset(raw, path, at_least)
+        compressed = is_inflating(stream)
+        room = file_bytes if compressed else max(file_bytes - offset, 0)
+        check_size(shape, dtype.itemsize, room, where=path.name, compressed=compressed)
+        grid, notes = placed_by(raw, shape[:3], path, reading)
+        yield Header(path, grid, shape, dtype, offset, _scale(raw), notes), stream, position
+
+
+def _check_magic(magic: bytes, path: Path, *, is_alone: bool) -> None:
+    """Refuse what is not NIfTI, and the header of a pair without a name that tells of the other half."""
+    if magic in PAIR_MAGIC and is_alone:
+        raise MedsegError(
+            Code.MISSING,
+            "the file is the header half of a pair, under a name that does not tell where the other half is",
+            where=path.name,
+            expected="a name that ends in .hdr",
+            got=f"a pair's magic {magic.decode('ascii', 'replace')!r} under the ending {path.suffix or 'none'}",
+            remedy="name the two halves <name>.hdr and <name>.img",
+        )
+    if magic not in PAIR_MAGIC + SINGLE_MAGIC:
+        raise MedsegError(
+            Code.NO_GEOMETRY,
+            "Analyze 7.5 files do not say where the patient's left is",
+            where=path.name,
+            expected=f"a NIfTI magic, one of {[m.decode() for m in SINGLE_MAGIC + PAIR_MAGIC]}",
+            got=magic,
+            remedy="convert the original DICOM files to NIfTI",
+        )
+
+
 def _pair(path: Path) -> tuple[Path, Path]:
     """The .hdr and the .img that belong to either of them."""
     name = path.name
@@ -219,15 +235,13 @@ def _pair(path: Path) -> tuple[Path, Path]:
     return halves[0], halves[1]
 
 
-def _parse(path: Path) -> Any:
-    """nibabel's header object."""
-    try:
-        with open_stream(path) as stream:
-            start = stream.read(max(HEADER_BYTES))
-    except (OSError, EOFError, zlib.error) as error:
-        raise _truncated(path, error) from error
-    order = "little" if int.from_bytes(start[:4], "little") in HEADER_BYTES else "big"
-    size = int.from_bytes(start[:4], "little" if order == "little" else "big")
+def _parse(stream: IO[bytes], path: Path) -> tuple[Any, int]:
+    """nibabel's header object, and its size."""
+    start = stream.read(min(HEADER_BYTES))
+    order: Literal["little", "big"] = "little" if int.from_bytes(start[:4], "little") in HEADER_BYTES else "big"
+    size = int.from_bytes(start[:4], order)
+    if size in HEADER_BYTES:
+        start += stream.read(size - len(start))
     if size not in HEADER_BYTES or len(start) < size:
         raise MedsegError(
             Code.TRUNCATED,
@@ -237,7 +251,7 @@ def _parse(path: Path) -> Any:
             got=f"{len(start)} bytes",
             remedy="copy or download the file again",
         )
-    return HEADER_BYTES[size](start[:size], "<" if order == "little" else ">", check=False)
+    return HEADER_BYTES[size](start, "<" if order == "little" else ">", check=False), size
 
 
 def _dtype(header: Any, path: Path) -> np.dtype[Any]:
@@ -305,31 +319,36 @@ def _scale(header: Any) -> tuple[float, float] | None:
     return None if (slope, intercept) == (1.0, 0.0) else (slope, intercept)
 
 
-def _chunks(header: Header) -> Iterator[tuple[int, NDArray[Any]]]:
-    """(first flat index, scaled values) until the end of the array; then the stream is checked to its end."""
+def _chunks(header: Header, stream: IO[bytes], position: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    """(first flat index, scaled values) until the end of the array; then the stream is checked to its end.
+
+    Args:
+        header: of the file.
+        stream: with the voxels.
+        position: how much of it has been read.
+    """
     total = math.prod(header.file_shape)
     try:
-        with open_stream(header.data_path) as stream:
-            _read_exactly(stream, header.offset, header.path)
-            for start in range(0, total, CHUNK_VOXELS):
-                count = min(CHUNK_VOXELS, total - start)
-                values = np.frombuffer(
-                    _read_exactly(stream, count * header.dtype.itemsize, header.path), dtype=header.dtype
-                )
-                if header.scale is not None:
-                    values = values.astype(np.float64) * header.scale[0] + header.scale[1]
-                yield start, values
-            # only the end of the stream verifies the checksum
-            if is_gzip(header.data_path) and len(stream.read(MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
-                raise MedsegError(
-                    Code.LIMIT,
-                    "the compressed file holds far more than its header declares",
-                    where=header.path.name,
-                    expected=f"the end of the stream after shape {header.file_shape}",
-                    got=f"more than {MAX_TRAILING_BYTES} further bytes",
-                    remedy="get the file again from its source",
-                )
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        _read_exactly(stream, header.offset - position, header.path)
+        for start in range(0, total, CHUNK_VOXELS):
+            count = min(CHUNK_VOXELS, total - start)
+            values = np.frombuffer(
+                _read_exactly(stream, count * header.dtype.itemsize, header.path), dtype=header.dtype
+            )
+            if header.scale is not None:
+                values = values.astype(np.float64) * header.scale[0] + header.scale[1]
+            yield start, values
+        # only the end of the stream verifies the checksum
+        if is_inflating(stream) and len(stream.read(MAX_TRAILING_BYTES + 1)) > MAX_TRAILING_BYTES:
+            raise MedsegError(
+                Code.LIMIT,
+                "the compressed file holds far more than its header declares",
+                where=header.path.name,
+                expected=f"the end of the stream after shape {header.file_shape}",
+                got=f"more than {MAX_TRAILING_BYTES} further bytes",
+                remedy="get the file again from its source",
+            )
+    except DAMAGED as error:
         raise _truncated(header.path, error) from error
 
 

@@ -29,6 +29,7 @@ SMALLEST_VOLUME = 1e-12
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """NIfTI's codes of the spatial unit (low three bits of xyzt_units): unknown is read as mm, as everybody does."""
 
+_CORNERS = np.stack(np.meshgrid(*[(0, 1)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
 _OTHER_FORM = "; or read it by its other form: --form qform, in training data.form=qform"
 
 Affine = NDArray[np.float64]
@@ -202,7 +203,7 @@ def _perpendicular(
 
 def _distance(one: Affine, other: Affine, shape: tuple[int, ...]) -> float:
     """Largest distance between the corners of a volume that two affines place; inf where one is not finite."""
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij"), axis=-1).reshape(-1, 3)
+    corners = _CORNERS * (np.asarray(shape) - 1)
     difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     distance = float(np.linalg.norm(corners @ difference[:3, :3].T + difference[:3, 3], axis=1).max())
     return distance if np.isfinite(distance) else np.inf

@@ -2,11 +2,13 @@
 
 Some planes of one class are worked on at a time: beside the logits on the models' grids only such a slab is held.
 
-K classes (or regions), S a model's grid.
+K classes (or regions), S a model's grid. Where uncertainty is wanted, logits have 2 K + 1 channels
+(`medseg.inference.uncertainty`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,11 +18,15 @@ from torch import Tensor
 from medseg.axis_matrices import BLOCK
 from medseg.data.preprocess import covered_box
 from medseg.inference.decoding import NOTHING_MORE, Decoding
+from medseg.inference.memory import STITCHED_ON_HOST
 from medseg.inference.prediction import Wanted
 from medseg.inference.predictor import decode
+from medseg.inference.uncertainty import entropy
 from medseg.labels import Labels
 from medseg.resampling import each_slab, resampled_planes, slabs_of
 from medseg.volume import Grid, Volume
+
+log = logging.getLogger(__name__)
 
 AXIS = {letter: axis for axis, letters in enumerate(("RL", "AP", "SI")) for letter in letters}
 """The axis of the patient that a letter of an orientation means."""
@@ -57,8 +63,22 @@ def mean_decoding(
     The logits are resampled linearly to the scan's voxels; there they become probabilities (softmax over the classes,
     sigmoid of regions), and the mean decides. Outside the part that a model covers its answer is background.
     """
-    if len({found.device for found, _ in logits}) > 1:  # one of the models found no room on the device
-        logits = [(found.cpu(), covered) for found, covered in logits]
+    is_host = [found.device.type == "cpu" for found, _ in logits]
+    if all(is_host) or not any(is_host):
+        try:
+            return _mean(logits, weights, labels, scan, wanted)
+        except torch.OutOfMemoryError:
+            if all(is_host):
+                raise
+            log.warning(STITCHED_ON_HOST)
+    # Some of the models, or what is made of them here, found no room on the device.
+    return _mean([(found.cpu(), covered) for found, covered in logits], weights, labels, scan, wanted)
+
+
+def _mean(
+    logits: Sequence[tuple[Tensor, Grid]], weights: Sequence[float], labels: Labels, scan: Grid, wanted: Wanted
+) -> Decoding:
+    """`mean_decoding` where all logits are."""
     # Worked on with the axes of the first model; most have the same, up to their order.
     grid = scan if scan.is_picture else scan.reoriented(logits[0][1].orientation)
     parts = [_Part.of(*model, weight, grid) for model, weight in zip(logits, weights, strict=True)]
@@ -66,7 +86,7 @@ def mean_decoding(
 
     def fill(where: slice) -> None:
         size = (where.stop - where.start, *grid.shape[1:])
-        scales = [None if labels.regions else part.log_sum(where) for part in parts]
+        scales = [None if labels.regions else part.log_sum(labels.num_outputs, where) for part in parts]
 
         def probability(index: int) -> Tensor:
             mean = torch.zeros(size, device=logits[0][0].device)
@@ -77,10 +97,41 @@ def mean_decoding(
                     part.add_class(mean, index, scale, where)
             return mean
 
-        decoding.fill(where, probability, probabilities=True)
+        def doubt() -> tuple[Tensor, Tensor]:
+            return _doubt(parts, labels, where, size)
+
+        decoding.fill(where, probability, probabilities=True, doubt=doubt)
 
     each_slab(fill, slabs_of(grid.shape[0]), logits[0][0].device)
     return decoding
+
+
+def _doubt(parts: Sequence[_Part], labels: Labels, where: slice, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Entropy of the mean of all passes of all models at a slab, and their disagreement, in nats.
+
+    A model's passes disagree among themselves, and models with each other: what is missing of the entropy of the mean
+    in the mean of theirs.
+    """
+    num_outputs, regions = labels.num_outputs, bool(labels.regions)
+    alone = torch.zeros(size, device=parts[0].logits.device)
+    for part in parts:
+        target = part.target(where)
+        if target is not None:
+            alone[target] += part.weight * part.mean_entropy(num_outputs, where, regions=regions)
+
+    def probability(index: int) -> Tensor:
+        mean = torch.zeros(size, device=parts[0].logits.device)
+        for part in parts:
+            outside = part.weight if index == 0 and not regions else 0.0  # background, for certain
+            share = torch.full_like(mean, outside)
+            target = part.target(where)
+            if target is not None:
+                share[target] = part.weight * part.planes(num_outputs + index, where)
+            mean += share
+        return mean
+
+    together = entropy(probability, num_outputs, regions=regions)
+    return together, together - alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +172,19 @@ class _Part:
         first = low // BLOCK * BLOCK
         return (slabs[0] if len(slabs) == 1 else torch.cat(slabs))[low - first : high - first]
 
-    def log_sum(self, where: slice) -> Tensor | None:
+    def log_sum(self, num_outputs: int, where: slice) -> Tensor | None:
         """log Σ exp over the classes at the voxels of `target`: what makes their softmax sum to 1."""
         if self.target(where) is None:
             return None
         total = self.planes(0, where)
-        for index in range(1, len(self.logits)):
+        for index in range(1, num_outputs):
             total = torch.logaddexp(total, self.planes(index, where))
         return total
+
+    def mean_entropy(self, num_outputs: int, where: slice, *, regions: bool) -> Tensor:
+        """Mean entropy of the model's passes at the voxels of `target`, in nats."""
+        together = entropy(lambda index: self.planes(num_outputs + index, where), num_outputs, regions=regions)
+        return together - self.planes(2 * num_outputs, where)
 
     def add_class(self, mean: Tensor, index: int, log_sum: Tensor | None, where: slice) -> None:
         """Add the share of a class's probability to a slab."""

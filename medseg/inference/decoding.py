@@ -3,12 +3,12 @@
 Logits are resampled linearly, class by class with a running argmax: never all classes at the scan's size. The logits
 themselves may come some planes at a time too (`sliding_window_planes`).
 
-K classes (or regions), S the model's grid.
+K classes (or regions), S the model's grid. Where uncertainty is wanted, logits have 2 K + 1 channels
+(`medseg.inference.uncertainty`).
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from medseg.data.preprocess import covered_box
 from medseg.inference.prediction import Wanted
+from medseg.inference.uncertainty import entropy, largest_entropy
 from medseg.labels import Labels
 from medseg.resampling import each_slab, resampled_slab, running_argmax, slabs_of, source_planes
 from medseg.volume import Grid, Volume
@@ -43,6 +44,7 @@ class Decoding:
         self.indices = Volume(np.zeros(scan.shape, np.uint8), scan)
         self.probabilities: Volume | None = None
         self.uncertainty: Volume | None = None
+        self.disagreement: Volume | None = None
         if wanted.probabilities:
             array = _zeros((labels.num_outputs, *scan.shape), wanted)
             if covered.shape != scan.shape and not labels.regions:
@@ -50,11 +52,20 @@ class Decoding:
             self.probabilities = Volume(array, scan)
         if wanted.uncertainty:
             self.uncertainty = Volume(np.zeros(scan.shape, np.float16), scan)
+            self.disagreement = Volume(np.zeros(scan.shape, np.float16), scan)
         self._indices = self._view(self.indices)
         self._probabilities = None if self.probabilities is None else self._view(self.probabilities)
         self._uncertainty = None if self.uncertainty is None else self._view(self.uncertainty)
+        self._disagreement = None if self.disagreement is None else self._view(self.disagreement)
 
-    def fill(self, where: slice, scores: Callable[[int], Tensor], *, probabilities: bool = False) -> None:
+    def fill(
+        self,
+        where: slice,
+        scores: Callable[[int], Tensor],
+        *,
+        probabilities: bool = False,
+        doubt: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         """Fill a slab.
 
         Args:
@@ -62,20 +73,26 @@ class Decoding:
             scores: class or region → its logits at these planes, float32 (n, *covered.shape[1:]); asked for more than
                 once where more than labels is wanted.
             probabilities: the scores are probabilities.
+            doubt: gives entropy and disagreement at these planes in nats; asked where uncertainty is wanted.
         """
         num_outputs = self.labels.num_outputs
-        more = self._probabilities is not None or self._uncertainty is not None
+        if self._uncertainty is not None and self._disagreement is not None and doubt is not None:
+            largest = largest_entropy(num_outputs, regions=bool(self.labels.regions))
+            for array, values in zip((self._uncertainty, self._disagreement), doubt(), strict=True):
+                array[where] = (values / largest).clamp_(0, 1).half().cpu().numpy()
         if self.labels.regions:
             stacked = torch.stack([scores(index) for index in range(num_outputs)])
             decoded = self.labels.decode(stacked, threshold=0.5 if probabilities else 0.0)
             self._indices[where] = decoded.cpu().numpy()
-            if more:
+            if self._probabilities is not None:
                 self._keep(where, (stacked if probabilities else stacked.sigmoid_()).__getitem__)
             return
         self._indices[where] = running_argmax(scores, num_outputs).cpu().numpy()
-        if more and probabilities:
+        if self._probabilities is None:
+            return
+        if probabilities:
             self._keep(where, scores)
-        elif more:
+        else:
             log_sum = scores(0)
             for index in range(1, num_outputs):
                 log_sum = torch.logaddexp(log_sum, scores(index))
@@ -102,24 +119,22 @@ class Decoding:
         shape = self.covered.shape
         source = source_planes(num_in, shape[0], 1, where)
         orders = (1,) * len(shape)
-        self.fill(where, lambda index: resampled_slab(held.planes(index, source), num_in, shape, orders, where))
+        num_outputs, regions = self.labels.num_outputs, bool(self.labels.regions)
+
+        def scores(index: int) -> Tensor:
+            return resampled_slab(held.planes(index, source), num_in, shape, orders, where)
+
+        def doubt() -> tuple[Tensor, Tensor]:
+            together = entropy(lambda index: scores(num_outputs + index), num_outputs, regions=regions)
+            return together, scores(2 * num_outputs)
+
+        self.fill(where, scores, doubt=doubt)
 
     def _keep(self, where: slice, probability: Callable[[int], Tensor]) -> None:
-        """Put away the probabilities of a slab, and what they leave open."""
-        num_outputs = self.labels.num_outputs
-        entropy: Tensor | None = None
-        for index in range(num_outputs):
-            share = probability(index)
+        """Put away the probabilities of a slab."""
+        for index in range(self.labels.num_outputs):
             if self._probabilities is not None:
-                self._probabilities[index, where] = share.half().cpu().numpy()
-            if self._uncertainty is not None:
-                part = torch.special.entr(share)
-                if self.labels.regions:
-                    part += torch.special.entr(1 - share)
-                entropy = part if entropy is None else entropy.add_(part)
-        if self._uncertainty is not None and entropy is not None:
-            largest = num_outputs * math.log(2) if self.labels.regions else math.log(num_outputs)
-            self._uncertainty[where] = (entropy / largest).clamp_(0, 1).half().cpu().numpy()
+                self._probabilities[index, where] = probability(index).half().cpu().numpy()
 
     def _view(self, volume: Volume) -> NDArray[np.generic]:
         """The covered voxels of an array on the scan's grid, with the axes of `covered`; writing there writes it."""

@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from medseg.bundle import BundleInfo, opened
 from medseg.data.augment import Mirroring
 from medseg.device import choose_device, choose_precision, keep_freed_memory
 from medseg.errors import Code, MedsegError
 from medseg.inference.averaging import mean_decoding
-from medseg.inference.decoding import Decoding
+from medseg.inference.decoding import NOTHING_MORE, Decoding
 from medseg.inference.members import check_agreement, configurations_of, load_members, together
 from medseg.inference.memory import plan_memory
 from medseg.inference.postprocess import PostProcessing
@@ -25,7 +26,7 @@ from medseg.inference.prediction import Prediction, Wanted
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import WindowConfig
 from medseg.models.compiling import Compile
-from medseg.volume import Volume
+from medseg.volume import Grid, Volume
 
 
 class Ensemble:
@@ -152,7 +153,7 @@ class Ensemble:
         Args:
             volume: the scan, array (C, *S) with the channels that the models were trained on.
             want_probabilities: of each class or region. They are large: two bytes for each voxel and class.
-            want_uncertainty: one number for each voxel.
+            want_uncertainty: how unsure the models are of each voxel, and how much they disagree.
             scratch: folder for a nameless file that holds the probabilities in place of memory.
         Raises:
             MedsegError: E_LIMIT, before any work, where the memory does not suffice; E_MODEL for a scan that does not
@@ -160,14 +161,13 @@ class Ensemble:
         """
         decoding = self._decoded(volume, Wanted(want_probabilities, want_uncertainty, scratch))
         indices = self._processed(decoding)
-        return Prediction(indices, self.in_file_values(indices), decoding.probabilities, decoding.uncertainty)
+        labels = self.in_file_values(indices)
+        return Prediction(indices, labels, decoding.probabilities, decoding.uncertainty, decoding.disagreement)
 
     def _decoded(self, volume: Volume, wanted: Wanted) -> Decoding:
         if len(self.predictors) == 1:
             return self.predictors[0].decoded(volume, wanted)
-        footprints = [predictor.footprint(volume) for predictor in self.predictors]
-        memory = plan_memory(volume.grid, footprints, self.predictors[0].device, wanted=wanted)
-        logits = [predictor.logits_of(volume, memory.dtype, memory.sums_on) for predictor in self.predictors]
+        logits = planned_logits(self.predictors, volume, wanted)
         return mean_decoding(logits, self.weights, self.info.labels, volume.grid, wanted)
 
     def _processed(self, decoding: Decoding) -> Volume:
@@ -181,6 +181,19 @@ class Ensemble:
     def predict(self, volume: Volume) -> Volume:
         """The label map in the values of the training labels, smallest integer type, on exactly the scan's grid."""
         return self.in_file_values(self.predict_indices(volume))
+
+
+def planned_logits(
+    predictors: Sequence[Predictor], volume: Volume, wanted: Wanted = NOTHING_MORE
+) -> list[tuple[Tensor, Grid]]:
+    """`Predictor.logits_of` of several at the same time, as precise and where the memory allows it.
+
+    Raises:
+        MedsegError: E_LIMIT, before any work, where the memory does not suffice.
+    """
+    footprints = [predictor.footprint(volume) for predictor in predictors]
+    memory = plan_memory(volume.grid, footprints, predictors[0].device, wanted=wanted)
+    return [predictor.logits_of(volume, memory.dtype, memory.sums_on, wanted) for predictor in predictors]
 
 
 def mirrored(window: WindowConfig, info: BundleInfo) -> WindowConfig:

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,69 @@ UNFINISHED = re.compile(r"\.[0-9a-f]{32}")
 """Names of the folders in which a case's files are written."""
 LEFT_AFTER_S = 3600.0
 """Seconds after which nobody works in such a folder any more."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The files of a case in a folder of their own, before they get their names.
+
+    Args:
+        case_id: the case.
+        folder: of the outputs.
+        unfinished: name of the folder in it where the files lie.
+        labels: names of the label files, relative to `folder`.
+        names: of all files.
+    """
+
+    case_id: str
+    folder: Path
+    unfinished: str
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Name → where the file is now."""
+        return {name: self.folder / self.unfinished / name for name in self.names}
+
+    def digests(self) -> dict[str, str]:
+        """Name → SHA-256."""
+        return {name: digest_of_file(path) for name, path in self.paths.items()}
+
+    def settle(self, staying: Collection[str]) -> list[Path]:
+        """Give files their names; the others are discarded.
+
+        Args:
+            staying: names of the files that stay.
+        Returns:
+            The label files that stay.
+        Raises:
+            MedsegError: E_OUTPUT.
+        """
+        try:
+            for name, path in self.paths.items():
+                if name in staying:
+                    (self.folder / name).parent.mkdir(exist_ok=True)
+                    path.replace(self.folder / name)
+        except OSError as error:
+            raise self.refusal(error) from error
+        finally:
+            self.discard()
+        return [self.folder / name for name in self.labels if name in staying]
+
+    def discard(self) -> None:
+        """Remove what has got no name."""
+        shutil.rmtree(self.folder / self.unfinished, ignore_errors=True)
+
+    def refusal(self, error: OSError) -> MedsegError:
+        """What stands for an error of the disk."""
+        return MedsegError(
+            Code.OUTPUT,
+            "the files cannot be written",
+            where=self.case_id,
+            got=error.strerror or type(error).__name__,
+            remedy="check that the folder is writable and has room",
+        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +157,7 @@ class Export:
         """Names of all files of a case."""
         return [self.name(case_id, form) for form in self.forms]
 
-    def write(
+    def make(
         self,
         case: Case,
         indices: Volume,
@@ -102,9 +165,8 @@ class Export:
         folder: Path,
         *,
         others: Mapping[str, Callable[[Path], None]] = MappingProxyType({}),
-        when_whole: Callable[[dict[str, str]], None] = lambda digests: None,
-    ) -> list[Path]:
-        """Write all files of a case: all of them, or none.
+    ) -> Made:
+        """Write all files of a case, not yet under their names: all of them, or none.
 
         Args:
             case: where the scan came from.
@@ -112,40 +174,29 @@ class Export:
             label: the same in the values of the training labels, for NIfTI.
             folder: of the outputs; exists.
             others: further files: name, relative to the folder → what writes it.
-            when_whole: called with the SHA-256 of each file when all are written and on the disk, but not yet under
-                their names.
         Returns:
-            The label files, in the order of `forms`.
+            The files, whole and on the disk. Whoever asked settles or discards them.
         Raises:
             MedsegError: E_OUTPUT, and what the writers refuse.
         """
-        unfinished = folder / f".{uuid.uuid4().hex}"
-        labels = self.names(case.case_id)
-        names = [*labels, *others]
+        labels = tuple(self.names(case.case_id))
+        made = Made(case.case_id, folder, f".{uuid.uuid4().hex}", labels, (*labels, *others))
         try:
-            for name in names:
-                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).parent.mkdir(exist_ok=True)
+            for path in made.paths.values():
+                path.parent.mkdir(parents=True, exist_ok=True)
             for form, name in zip(self.forms, labels, strict=True):
-                self._write_label(unfinished / name, form, case, indices, label)
+                self._write_label(made.paths[name], form, case, indices, label)
             for name, write in others.items():
-                write(unfinished / name)
-            for name in names:
-                _to_disk(unfinished / name)
-            when_whole({name: digest_of_file(unfinished / name) for name in names})
-            for name in names:
-                (unfinished / name).replace(folder / name)
+                write(made.paths[name])
+            for path in made.paths.values():
+                _to_disk(path)
         except OSError as error:
-            raise MedsegError(
-                Code.OUTPUT,
-                "the files cannot be written",
-                where=case.case_id,
-                got=error.strerror or type(error).__name__,
-                remedy="check that the folder is writable and has room",
-            ) from error
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        return [folder / name for name in labels]
+            made.discard()
+            raise made.refusal(error) from error
+        except BaseException:
+            made.discard()
+            raise
+        return made
 
     def _write_label(self, path: Path, form: Form, case: Case, indices: Volume, label: Volume) -> None:
         from medseg.formats.dicom.series import series_files

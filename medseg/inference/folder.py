@@ -7,9 +7,10 @@ whole and is not done again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -22,13 +23,14 @@ from medseg.formats.label_table import CaseRecord, read_cases, read_labels, writ
 from medseg.formats.remarks import gathered_warnings
 from medseg.inference.case_statistics import STATISTICS_FILE, write_statistics
 from medseg.inference.ensemble import Ensemble
+from medseg.inference.exchange import HERE, Exchange
 from medseg.inference.export import Export, files_of, tidy
 from medseg.inference.job import Job, Options, say
 from medseg.inference.manifest import Manifest, context_of, model_digest, options_of
 from medseg.inference.members import is_model
 from medseg.inference.overlap import overlapped
 from medseg.inference.progress import cases_bar
-from medseg.inference.subset import choose, whole
+from medseg.inference.subset import Subset, choose, whole
 from medseg.labels import TABLE_FILE, Labels
 from medseg.volume import Volume
 
@@ -48,8 +50,24 @@ class Outcome:
     bad: Mapping[str, Mapping[str, str]]
 
 
+Engine = Callable[[Job, Sequence[Case]], None]
+"""What does the work: it brings each case through the stages of a job."""
+
+
+def in_this_process(job: Job, cases: Sequence[Case]) -> None:
+    """One after the other; the next is read and the one before is written meanwhile."""
+    overlapped(cases, job.read, job.predict, job.write)
+
+
 def predict_inputs(
-    ensemble: Ensemble, inputs: Sequence[Path], output: Path, console: Console, options: Options | None = None
+    ensemble: Ensemble,
+    inputs: Sequence[Path],
+    output: Path,
+    console: Console,
+    options: Options | None = None,
+    *,
+    exchange: Exchange = HERE,
+    engine: Engine = in_this_process,
 ) -> Outcome:
     """Predict scans and write the files of each, with `predictions.json` and the manifest beside them.
 
@@ -59,6 +77,8 @@ def predict_inputs(
         output: folder for the files; made if need be.
         console: where the user reads.
         options: what is written, and how.
+        exchange: where files go.
+        engine: who works.
     Raises:
         MedsegError: E_NO_CASES if nothing is found; E_NAME for an unknown class; E_OUTPUT, before any work, if a file
             exists or cannot be written for a case, and later if the disk refuses; what reading or the model refuse,
@@ -66,15 +86,43 @@ def predict_inputs(
     """
     options = options or Options()
     info = ensemble.info
-    subset = choose(info.labels, options.classes) if options.classes is not None else whole(info.labels)
     with console.status("looking at the inputs"), gathered_warnings() as warnings:
         unusable: Refused | None = [] if options.on_bad_case == "skip" else None
         cases = find_inputs(
             inputs, channels=info.channels, modality=info.modality, reading=options.reading, refused=unusable
         )
     say(console, warnings)
-    export = Export(info, options.forms, options.reading, ensemble.model_names, subset.labels)
-    refused = _refused(export, cases, unusable)
+    refused = _refused(export_of(ensemble, options), cases, unusable)
+    return predict_cases(ensemble, cases, output, console, options, refused=refused, exchange=exchange, engine=engine)
+
+
+def predict_cases(
+    ensemble: Ensemble,
+    cases: Sequence[Case],
+    output: Path,
+    console: Console,
+    options: Options,
+    *,
+    refused: Mapping[str, MedsegError] = MappingProxyType({}),
+    exchange: Exchange = HERE,
+    engine: Engine = in_this_process,
+) -> Outcome:
+    """As `predict_inputs`, of cases that were found elsewhere.
+
+    Args:
+        ensemble: the loaded models.
+        cases: all that is to be done; their ids differ.
+        output: folder for the files.
+        console: where the user reads.
+        options: what is written, and how.
+        refused: cases that are known to be bad before they are read.
+        exchange: where scans come from, and files go.
+        engine: who works.
+    Raises:
+        MedsegError: as `predict_inputs`, and what the exchange and the engine refuse.
+    """
+    subset = subset_of(ensemble, options)
+    export = export_of(ensemble, options)
     manifest = Manifest(output, model_digest(ensemble), _options(ensemble, options), context_of(ensemble))
     _check_output(output, cases, export, manifest, options)
     records = _earlier_records(output, subset.labels, manifest, overwrite=options.overwrite)
@@ -88,9 +136,9 @@ def predict_inputs(
     if options.resume:
         say(console, _redone(manifest, cases))
     with cases_bar(console, len(cases)) as bar:
-        job = Job(ensemble, subset, export, manifest, options, console, bar, len(cases), refused)
+        job = Job(ensemble, subset, export, manifest, options, console, bar, len(cases), refused, exchange)
         try:
-            overlapped(cases, job.read, job.predict, job.write)
+            engine(job, cases)
         except KeyboardInterrupt:
             say(console, [f"stopped: {job.num_done} of {len(cases)} cases are done; go on with --resume"])
             raise
@@ -101,6 +149,22 @@ def predict_inputs(
     outcome = Outcome(tuple(job.files), job.num_before, job.bad)
     _conclude(console, len(cases), outcome)
     return outcome
+
+
+def subset_of(ensemble: Ensemble, options: Options) -> Subset:
+    """The classes that are written.
+
+    Raises:
+        MedsegError: E_NAME for an unknown one.
+    """
+    labels = ensemble.info.labels
+    return choose(labels, options.classes) if options.classes is not None else whole(labels)
+
+
+def export_of(ensemble: Ensemble, options: Options) -> Export:
+    """How label maps become files."""
+    labels = subset_of(ensemble, options).labels
+    return Export(ensemble.info, options.forms, options.reading, ensemble.model_names, labels)
 
 
 def _options(ensemble: Ensemble, options: Options) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from rich.progress import Progress
 
 from medseg.data.cases import load_image
 from medseg.data.layouts import Case
-from medseg.data.store import case_digest
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading
 from medseg.formats.dicom.export import Form
@@ -25,7 +24,8 @@ from medseg.formats.remarks import gathered_warnings, remarks
 from medseg.formats.shares import write_shares
 from medseg.inference.case_statistics import cut_off, structure_statistics
 from medseg.inference.ensemble import Ensemble
-from medseg.inference.export import Export
+from medseg.inference.exchange import HERE, Exchange
+from medseg.inference.export import Export, Made
 from medseg.inference.manifest import Entry, Manifest, failed_with
 from medseg.inference.prediction import Prediction
 from medseg.inference.subset import Subset
@@ -35,6 +35,7 @@ PREVIEW_FOLDER = "previews"
 """Below the label files: pictures beside them would be taken for label files by whoever reads the folder."""
 PROBABILITIES_FOLDER = "probabilities"
 UNCERTAINTY_FOLDER = "uncertainty"
+DISAGREEMENT_FOLDER = "disagreement"
 
 Draw = Callable[..., None]
 
@@ -54,7 +55,7 @@ class Options:
     probabilities: bool = False
     """Whether the probabilities of all that the model knows are written."""
     uncertainty: bool = False
-    """Whether the uncertainty is written."""
+    """Whether the uncertainty and the disagreement are written."""
     draw_preview: Draw | None = None
     """`reports.overlay.save_overlay`, or None for no pictures."""
     overwrite: bool = False
@@ -69,12 +70,26 @@ class Options:
 class Scan:
     """What one stage hands to the next."""
 
+    case: Case
+    """With its images on this disk."""
     image: Volume | None
     """The scan; None where the case was done before, or where no later stage needs it."""
     prediction: Prediction | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A case whose files are whole, but not yet under their names."""
+
+    entry: Entry
+    made: Made
+    shape: str
+    """Of its label map, in words."""
+    remarks: tuple[str, ...]
+    """What the user is told."""
 
 
 class Job:
@@ -90,6 +105,7 @@ class Job:
         bar: with one task.
         num_cases: for the lines.
         refused: cases that cannot be written, known before they are read.
+        exchange: where scans come from, and files go.
     """
 
     def __init__(
@@ -103,10 +119,12 @@ class Job:
         bar: Progress,
         num_cases: int,
         refused: Mapping[str, MedsegError],
+        exchange: Exchange = HERE,
     ) -> None:
         self.ensemble, self.subset, self.export = ensemble, subset, export
         self.manifest, self.options, self.refused = manifest, options, refused
         self.console, self.bar, self.num_cases = console, bar, num_cases
+        self.exchange = exchange
         self.task = bar.task_ids[0]
         self.digests: dict[str, str] = {}
         self.files: list[Path] = []
@@ -126,7 +144,7 @@ class Job:
         return [*self.export.names(case_id), *preview, *self._shares(case_id)]
 
     def _shares(self, case_id: str) -> dict[str, Callable[[Prediction], Volume]]:
-        """The files of probabilities and uncertainty: name → what of a prediction goes there."""
+        """The files of probabilities, uncertainty and disagreement: name → what of a prediction goes there."""
         is_picture = not self.ensemble.info.plan.orientation
         found: dict[str, Callable[[Prediction], Volume]] = {}
         if self.options.probabilities and is_picture:
@@ -138,6 +156,7 @@ class Job:
         if self.options.uncertainty:
             ending = ".png" if is_picture else ".nii.gz"
             found[f"{UNCERTAINTY_FOLDER}/{case_id}{ending}"] = lambda prediction: _made(prediction.uncertainty)
+            found[f"{DISAGREEMENT_FOLDER}/{case_id}{ending}"] = lambda prediction: _made(prediction.disagreement)
         return found
 
     def read(self, case: Case) -> Scan:
@@ -147,19 +166,22 @@ class Job:
             raise self.refused[case.case_id]
         again: list[str] = []
         with gathered_warnings() as warnings:
-            digest = self.digests[case.case_id] = _digest(case)
+            digest = self.digests[case.case_id] = self.exchange.digest(case)
             if self.options.resume:
-                why = self.manifest.outstanding(
-                    case.case_id, digest, self.names(case.case_id), overwrite=self.options.overwrite
-                )
+                names = self.exchange.staying(self.names(case.case_id))
+                why = self.manifest.outstanding(case.case_id, digest, names, overwrite=self.options.overwrite)
                 if why is None:
-                    return Scan(None)
+                    return Scan(case, None)
                 again = [f"done again: {why}"] if why.startswith(("its input", "files of it")) else []
             info = self.ensemble.info
+            local = self.exchange.fetch(case)
+            if local is not case:  # what could be said of those on the disk before the work began
+                self.export.check([local])
+            case = local
             image = load_image(case, channels=info.channels, reading=self.options.reading)
             image = _with_modality_note(image, info.modality)
         seconds = (("read", time.perf_counter() - begin),)
-        return Scan(image, None, image.notes, (*again, *warnings), seconds)
+        return Scan(case, image, None, image.notes, (*again, *warnings), seconds)
 
     def predict(self, case: Case, scan: Scan) -> Scan:
         """Class indices of a scan."""
@@ -169,12 +191,13 @@ class Job:
         options, labels = self.options, self.subset.labels
         self.bar.update(self.task, description=case.case_id)
         try:
-            found = self.ensemble.predict_case(
-                scan.image,
-                want_probabilities=options.probabilities,
-                want_uncertainty=options.uncertainty,
-                scratch=self.manifest.folder,
-            )
+            with gathered_warnings() as warnings:
+                found = self.ensemble.predict_case(
+                    scan.image,
+                    want_probabilities=options.probabilities,
+                    want_uncertainty=options.uncertainty,
+                    scratch=self.manifest.folder,
+                )
         except (MedsegError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -188,6 +211,7 @@ class Job:
             scan,
             image=scan.image if needed else None,
             prediction=found,
+            warnings=(*scan.warnings, *warnings),
             seconds=(*scan.seconds, ("predict", time.perf_counter() - begin)),
         )
 
@@ -198,7 +222,7 @@ class Job:
                 self.num_before += 1
             else:
                 try:
-                    self._write(case, scan, scan.prediction)
+                    self.settle(self.make(scan.case, scan, scan.prediction))
                 except MedsegError as error:
                     if error.code is Code.OUTPUT:  # of the disk, not of the case
                         raise
@@ -207,10 +231,16 @@ class Job:
                     self._set_aside(case, error)
         else:
             self._set_aside(case, scan)
+        self.exchange.drop(case)
         self.digests.pop(case.case_id, None)
         self.bar.advance(self.task)
 
-    def _write(self, case: Case, scan: Scan, found: Prediction) -> None:
+    def make(self, case: Case, scan: Scan, found: Prediction) -> Done:
+        """Write a case's files, not yet under their names, and deliver those that do not stay.
+
+        Raises:
+            MedsegError: E_OUTPUT, and what the writers and the exchange refuse.
+        """
         begin = time.perf_counter()
         labels, case_id, info = self.subset.labels, case.case_id, self.ensemble.info
         label, image, draw = found.labels, scan.image, self.options.draw_preview
@@ -226,30 +256,45 @@ class Job:
         with gathered_warnings() as warnings:
             if self.options.statistics and image is not None:
                 rows = structure_statistics(_uint8(found.indices), image, labels, info.channels)
-            cut = cut_off(rows)
+            made = self.export.make(case, found.indices, label, self.manifest.folder, others=others)
+            try:
+                self.exchange.deliver(case, made.paths, f"{self.manifest.session} {self.digests[case_id]}")
+                digests = made.digests()
+            except BaseException:
+                made.discard()
+                raise
+        cut = cut_off(rows)
+        said = (*scan.warnings, *warnings, *([cut] if cut else []))
+        seconds = dict(scan.seconds) | {"write": time.perf_counter() - begin}
+        entry = Entry(
+            case_id,
+            self.manifest.session,
+            self.digests[case_id],
+            digests,
+            {stage: round(time_s, 4) for stage, time_s in seconds.items()},
+            scan.notes,
+            tuple(text for text in remarks((), said) if text not in scan.notes),
+            statistics=tuple(rows),
+        )
+        return Done(entry, made, _shape(label), tuple(remarks(scan.notes, said)))
 
-            def note(digests: dict[str, str]) -> None:
-                seconds = dict(scan.seconds) | {"write": time.perf_counter() - begin}
-                said = (*scan.warnings, *warnings, *([cut] if cut else []))
-                self.manifest.append(
-                    Entry(
-                        case_id,
-                        self.manifest.session,
-                        self.digests[case_id],
-                        digests,
-                        {stage: round(time_s, 4) for stage, time_s in seconds.items()},
-                        scan.notes,
-                        tuple(text for text in remarks((), said) if text not in scan.notes),
-                        statistics=tuple(rows),
-                    )
-                )
+    def settle(self, done: Done) -> None:
+        """Give a case its line and its files their names, and tell the user.
 
-            files = self.export.write(case, found.indices, label, self.manifest.folder, others=others, when_whole=note)
+        Raises:
+            MedsegError: E_OUTPUT.
+        """
+        try:
+            self.manifest.append(done.entry)
+        except BaseException:
+            done.made.discard()
+            raise
+        files = done.made.settle(self.exchange.staying(done.made.names))
         self.files += files
         self.num_written += 1
-        names = ", ".join([str(files[0]), *(file.name for file in files[1:])])
-        self._print(f"{self._position}  {names}  {_shape(label)}")
-        say(self.console, remarks(scan.notes, [*scan.warnings, *warnings, *([cut] if cut else [])]))
+        names = ", ".join([str(files[0]), *(file.name for file in files[1:])]) if files else done.entry.case
+        self._print(f"{self._position}  {names}  {done.shape}")
+        say(self.console, done.remarks)
 
     def _set_aside(self, case: Case, error: Exception) -> None:
         """Note a bad case; raise where it ends the work."""
@@ -257,7 +302,7 @@ class Job:
             error = _too_large(case, error)
         failed = failed_with(error)
         self.manifest.append(Entry(case.case_id, self.manifest.session, self.digests.get(case.case_id), failed=failed))
-        if self.options.on_bad_case == "error" or error is self.fatal:
+        if self.options.on_bad_case == "error" or error is self.fatal or self.exchange.is_fatal(error):
             raise error
         self.bad[case.case_id] = failed
         self._print(f"{self._position}  {case.case_id} is bad and left out: {failed['code']}: {failed['message']}")
@@ -296,19 +341,6 @@ def _made(volume: Volume | None) -> Volume:
 def _channel(volume: Volume | None, index: int) -> Volume:
     whole = _made(volume)
     return replace(whole, array=whole.array[index])
-
-
-def _digest(case: Case) -> str:
-    try:
-        return case_digest(case)
-    except OSError as error:
-        raise MedsegError(
-            Code.MISSING,
-            "a file of the case cannot be read",
-            where=case.case_id,
-            got=error.strerror or type(error).__name__,
-            remedy="check that it is still there and may be read",
-        ) from error
 
 
 def _too_large(case: Case, error: Exception) -> MedsegError:

@@ -242,6 +242,7 @@ def options_of(ensemble: Ensemble) -> dict[str, Any]:
     window = asdict(ensemble.predictors[0].config)
     return {
         **{key: value for key, value in window.items() if key not in NOT_DECIDING},
+        "compile": ensemble.predictors[0].compile,
         "postprocessing": list(ensemble.postprocessing.steps),
     }
 

@@ -24,7 +24,7 @@ from medseg.bundle import (
     load_bundle,
     opened,
 )
-from medseg.documents import parse_json
+from medseg.documents import check_format, parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 
@@ -82,8 +82,7 @@ def configurations_of(folder: Path) -> tuple[Configuration, ...]:
     try:
         if (folder / ENSEMBLE_FILE).is_file():
             content = parse_json((folder / ENSEMBLE_FILE).read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']} of medseg {content.get('medseg')}")
+            check_format(content, FORMAT, where=folder / ENSEMBLE_FILE)
             found = tuple(
                 Configuration(
                     folder / run["run"],

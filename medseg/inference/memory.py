@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from medseg.axis_matrices import BLOCK
 from medseg.data.memory import available_bytes
 from medseg.errors import Code, MedsegError
 from medseg.inference.prediction import Wanted
+from medseg.inference.uncertainty import num_sums
 from medseg.volume import Grid
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def plan_memory(
         + ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes if size > GIB / 100),
         remedy="close other programs, cut the scan to the part that matters"
         + (", predict without --probabilities" if wanted.probabilities else "")
+        + (", without --uncertainty, which doubles the sums" if wanted.uncertainty else "")
         + (", or predict with one run instead of an ensemble" if len(models) > 1 else "")
         + ("" if together else ", or use --device cpu"),
     )
@@ -134,7 +136,8 @@ def _planned(
     sums_on: torch.device,
 ) -> MemoryPlan:
     """What is held where."""
-    near, far = _on_device(scan, models, dtype), _on_host(scan, models, device, wanted)
+    summed = [replace(m, num_outputs=num_sums(m.num_outputs)) for m in models] if wanted.uncertainty else models
+    near, far = _on_device(scan, summed, dtype), _on_host(scan, models, device, wanted)
     if device.type == "cpu":
         return MemoryPlan(dtype, near | far, {}, sums_on)
     if sums_on != device:
@@ -170,7 +173,7 @@ def _on_host(scan: Grid, models: Sequence[Footprint], device: torch.device, want
     if wanted.probabilities and wanted.scratch is None:
         found["probabilities"] = 2 * models[0].num_outputs * voxels
     if wanted.uncertainty:
-        found["uncertainty"] = 2 * voxels
+        found["uncertainty"] = 2 * 2 * voxels  # and disagreement, as float16
     return found
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from medseg.bundle import BUNDLE_FILE, FOLDS_FILE, checkpoint_path, is_archive, is_bundle, load_bundle, opened
+from medseg.bundle.info import EXPORTED
 from medseg.bundle.manifest import BUNDLE, MANIFEST_FILE, Manifest, made_now, trainings_in, write_manifest
+from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.inference.members import ENSEMBLE_FILE, Configuration, Member, configurations_of, write_ensemble
@@ -133,6 +135,9 @@ def _copy(run: Path, target: Path) -> None:
     for name in OF_MODEL:
         if (run / name).is_file():
             shutil.copyfile(run / name, target / name)
+    if (target / BUNDLE_FILE).is_file():  # without its manifest it is not whole
+        content = {**parse_json((target / BUNDLE_FILE).read_text(encoding="utf-8")), EXPORTED: True}
+        (target / BUNDLE_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _trainings(run: Path) -> dict[str, Any]:

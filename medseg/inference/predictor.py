@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from medseg.inference.sliding_window import (
     sliding_window_planes,
     tiles_together,
 )
+from medseg.inference.uncertainty import Opinions, disagreeing, num_sums
 from medseg.labels import Labels
 from medseg.models import SegmentationModel
 from medseg.models.compiling import Compile, Forward
@@ -70,6 +71,9 @@ class Predictor:
         config: tiling; its precision must be one that the device has.
         compile: whether the network is compiled; "auto" on CUDA after `LONG_PASSES` passes. What it answers then may
             differ by roundings.
+
+    Attributes:
+        compile: the same, "off" where "auto" never compiles.
     """
 
     def __init__(self, bundle: Bundle | list[Bundle], config: WindowConfig, *, compile: Compile = "off") -> None:
@@ -80,31 +84,64 @@ class Predictor:
         model = self.bundle.model if len(bundles) == 1 else MeanModel([b.model for b in bundles])
         dims = self.info.plan.spatial_dims
         self.model = model.to(memory_format=memory_format(dims))  # type: ignore[call-overload]
-        self.forward = Forward(
-            self.model,
-            compiled=compile == "on" or (compile == "auto" and self.device.type == "cuda"),
-            must=compile == "on",
+        self.compile: Compile = "off" if compile == "auto" and self.device.type != "cuda" else compile
+        self.forward = self._called(self.model)
+        self._opinions: Forward | None = None
+
+    def _called(self, model: SegmentationModel) -> Forward:
+        return Forward(
+            model,
+            compiled=self.compile != "off",
+            must=self.compile == "on",
             option="--compile on",
-            after=LONG_PASSES if compile == "auto" else 0,
+            after=LONG_PASSES if self.compile == "auto" else 0,
         )
+
+    def _for(self, wanted: Wanted) -> tuple[Forward, int]:
+        """What calls the networks, and the channels that it gives."""
+        labels = self.info.labels
+        if not wanted.uncertainty:
+            return self.forward, labels.num_outputs
+        if self._opinions is None:
+            models = list(self.model.models) if isinstance(self.model, MeanModel) else [self.model]
+            self._opinions = self._called(Opinions(models, regions=bool(labels.regions)).eval())
+        return self._opinions, num_sums(labels.num_outputs)
+
+    def _disagreeing(self, planes: Iterator[tuple[int, Tensor]], wanted: Wanted) -> Iterator[tuple[int, Tensor]]:
+        labels = self.info.labels
+        return disagreeing(planes, labels.num_outputs, regions=bool(labels.regions)) if wanted.uncertainty else planes
 
     @property
     def info(self) -> BundleInfo:
         """What the models are."""
         return self.bundle.info
 
-    def logits(self, image: Tensor, dtype: torch.dtype = torch.float32, sums_on: torch.device | None = None) -> Tensor:
-        """Logits (K, *S) of a prepared image (C, *S); in main memory where the device's does not suffice."""
-        patch, num_outputs = self.info.plan.patch_size, self.info.labels.num_outputs
-        return self._where_it_fits(
+    def logits(
+        self,
+        image: Tensor,
+        dtype: torch.dtype = torch.float32,
+        sums_on: torch.device | None = None,
+        wanted: Wanted = NOTHING_MORE,
+    ) -> Tensor:
+        """Logits (K, *S) of a prepared image (C, *S); in main memory where the device's does not suffice. Where
+        uncertainty is wanted, with K mean probabilities and the disagreement behind them."""
+        forward, num_channels = self._for(wanted)
+        patch = self.info.plan.patch_size
+        found = self._where_it_fits(
             lambda where: sliding_window_logits(
-                self.model, image, patch, num_outputs, self.config, dtype, forward=self.forward, sums_on=where
+                self.model, image, patch, num_channels, self.config, dtype, forward=forward, sums_on=where
             ),
             sums_on,
         )
+        ((_, found),) = self._disagreeing(iter([(0, found)]), wanted)
+        return found
 
     def logits_of(
-        self, volume: Volume, dtype: torch.dtype = torch.float32, sums_on: torch.device | None = None
+        self,
+        volume: Volume,
+        dtype: torch.dtype = torch.float32,
+        sums_on: torch.device | None = None,
+        wanted: Wanted = NOTHING_MORE,
     ) -> tuple[Tensor, Grid]:
         """Logits (K, *S) of a scan on the model's grid, and the voxels of the scan that they cover.
 
@@ -112,12 +149,13 @@ class Predictor:
             volume: the scan, array (C, *S) with the channels that the model was trained on.
             dtype: of the logits, float32 or float16.
             sums_on: where the logits are; None is the models' device.
+            wanted: uncertainty wants more channels, as `logits` says.
         Returns:
             The logits, and their box cut into the scan's own voxels, with the axes of the plan: all of the scan, or
             the part that is left where the plan crops.
         """
         image, covered = self._prepared(volume)
-        return self.logits(image, dtype, sums_on), covered
+        return self.logits(image, dtype, sums_on, wanted), covered
 
     def decoded(self, volume: Volume, wanted: Wanted = NOTHING_MORE) -> Decoding:
         """The answer to a scan on its grid, made some planes at a time while the window moves on.
@@ -131,12 +169,13 @@ class Predictor:
         plan, labels = self.info.plan, self.info.labels
         memory = plan_memory(volume.grid, [self.footprint(volume)], self.device, wanted=wanted)
         image, covered = self._prepared(volume)
-        arguments = (self.model, image, plan.patch_size, labels.num_outputs, self.config, memory.dtype)
+        forward, num_channels = self._for(wanted)
+        arguments = (self.model, image, plan.patch_size, num_channels, self.config, memory.dtype)
 
         def decode_on(where: torch.device) -> Decoding:
             decoding = Decoding(labels, covered, volume.grid, wanted)
-            planes = sliding_window_planes(*arguments, forward=self.forward, sums_on=where)
-            decoding.fill_resampled(planes, image.shape[1])
+            planes = sliding_window_planes(*arguments, forward=forward, sums_on=where)
+            decoding.fill_resampled(self._disagreeing(planes, wanted), image.shape[1])
             return decoding
 
         return self._where_it_fits(decode_on, memory.sums_on)

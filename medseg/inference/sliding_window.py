@@ -124,7 +124,7 @@ def sliding_window_planes(
         model: in eval mode, on the device to use.
         image: float32, shape (C, *S), any size: smaller than the patch is padded.
         patch_size: P.
-        num_classes: K.
+        num_classes: K, channels of what the network gives.
         config: tiling.
         dtype: in which the sums are kept: float32, or float16 for half the memory.
         forward: what calls the model, perhaps compiled; None calls it.
@@ -284,13 +284,20 @@ def _tile_logits(
             if axes:
                 found = found.flip([a + 1 for a in axes])
                 if config.mirroring.swaps(axes):  # what looks like a left kidney in a mirrored tile is the right one
-                    found = found[list(config.mirroring.outputs or config.mirroring.classes)]
+                    found = found[_changed(config.mirroring.outputs or config.mirroring.classes, len(found))]
             if not axes:
                 total = found.to(torch.float32, copy=len(passes) > 1)
             else:
                 total += found
             if axes == passes[-1]:
                 yield total
+
+
+def _changed(order: Sequence[int], num_channels: int) -> list[int]:
+    """Where each channel comes from when outputs change places: logits, and if there are more their probabilities and
+    what belongs to no output."""
+    num = len(order)
+    return [*order, *(num + index for index in order), *range(2 * num, num_channels)][:num_channels]
 
 
 def tile_starts(shape: Sequence[int], tile: Sequence[int], step: float) -> list[tuple[int, ...]]:

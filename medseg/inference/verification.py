@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path, PurePath
 
-from medseg.bundle import BUNDLE_FILE, CHECKPOINT_FOLDER, FOLDS_FILE, read_checkpoint
+from medseg.bundle import BUNDLE_FILE, CHECKPOINT_FOLDER, FOLDS_FILE, BundleInfo, read_checkpoint
 from medseg.bundle.archive import files_in, unpacked_bundle
 from medseg.bundle.manifest import MANIFEST_FILE, Manifest, names_in, problem_of
 from medseg.errors import Code, MedsegError
@@ -131,8 +131,14 @@ def _chosen(folder: Path) -> Iterator[Finding]:
 
 
 def _unfinished(folder: Path) -> Iterator[Finding]:
-    """Only checkpoints carry their own SHA-256 before a run is done."""
+    """Only checkpoints carry their own SHA-256 before a run is done; a bundle that has lost its manifest is no run."""
     for name in names_in(folder):
+        if Path(name).name == BUNDLE_FILE:
+            try:
+                BundleInfo.read((folder / name).parent)
+            except MedsegError as error:
+                yield Finding(name, Status.WRONG, error.message)
+                continue
         if Path(name).parent.name != CHECKPOINT_FOLDER:
             yield Finding(name, Status.UNKNOWN, "the manifest is written when the training is done")
             continue

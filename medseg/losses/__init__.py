@@ -1,6 +1,7 @@
 """Losses, one per file. Each takes logits (N, C, *S) and class indices (N, *S) and returns a scalar in float32.
 
-`medseg.losses.choice.build_loss` makes the one that fits the labels.
+`medseg.losses.choice.build_loss` makes the one that fits the labels. Ratios of sums over the batch take these
+through `medseg.losses.processes.summed`: a batch may be shared by several processes.
 """
 
 from torch import nn

@@ -11,6 +11,7 @@ from torch import nn
 from medseg.errors import Code, MedsegError
 from medseg.labels import IGNORE_INDEX, Labels
 from medseg.losses import LOSSES
+from medseg.losses.processes import is_together, summed
 from medseg.losses.soft_dice import soft_dice
 
 
@@ -88,7 +89,9 @@ class DiceBCELoss(nn.Module):
 
 
 def _cross_entropy(logits: torch.Tensor, inside: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    if counted is None:
+    if counted is None and not is_together():
         return F.binary_cross_entropy_with_logits(logits, inside)
     total = F.binary_cross_entropy_with_logits(logits, inside, counted, reduction="sum")
-    return total / (counted.sum() * logits.shape[1]).clamp(min=1)
+    number = logits.new_tensor(float(logits.numel())) if counted is None else counted.sum() * logits.shape[1]
+    total, number = summed(total, number)
+    return total / number.clamp(min=1)

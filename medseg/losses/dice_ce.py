@@ -12,6 +12,7 @@ from torch import nn
 from medseg.errors import Code, MedsegError
 from medseg.labels import IGNORE_INDEX, Labels
 from medseg.losses import LOSSES
+from medseg.losses.processes import is_together, summed
 from medseg.losses.soft_dice import soft_dice
 
 
@@ -85,14 +86,16 @@ class DiceCELoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-        if counted is None and not (logits.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        is_exact = logits.is_cuda and torch.are_deterministic_algorithms_enabled()
+        if counted is None and not is_exact and not is_together():
             return F.cross_entropy(logits, target, self.class_weights)
         if counted is None:  # CUDA's own mean is summed up in any order
             counted = torch.ones_like(target, dtype=logits.dtype)
         # The mean over the voxels that count, or their weights; 0 where none does
         weights = counted if self.class_weights is None else counted * self.class_weights[target]
         each = F.cross_entropy(logits, target, reduction="none")
-        return (each * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        total, weight = summed((each * weights).sum(), weights.sum())
+        return total / weight.clamp(min=torch.finfo(weights.dtype).tiny)
 
     def _dice(self, logits: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
         probabilities = logits.softmax(1)

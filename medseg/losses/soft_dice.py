@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from medseg.losses.processes import summed
+
 
 def soft_dice(probabilities: torch.Tensor, target: torch.Tensor, *, batch_dice: bool, smooth: float) -> torch.Tensor:
     """Mean soft Dice of the classes that occur; 1 where none does.
 
     A class that no voxel of the batch (of the sample, without `batch_dice`) carries is left out of the mean: its Dice
     is undefined, and counting it would punish a perfect prediction.
+
+    Where several processes share the batch, it is the Dice of all of it.
 
     Args:
         probabilities: float32, shape (N, C, *S); 0 where a voxel does not count.
@@ -26,8 +30,14 @@ def soft_dice(probabilities: torch.Tensor, target: torch.Tensor, *, batch_dice: 
         axes = (0, *axes)
     overlap = (probabilities * target).sum(axes)
     size = target.sum(axes)
-    total = probabilities.sum(axes) + size
+    predicted = probabilities.sum(axes)
+    if batch_dice:
+        overlap, size, predicted = summed(overlap, size, predicted)
+    total = predicted + size
     dice = (2 * overlap + smooth) / (total + smooth)
     present = (size > 0).to(dice.dtype)
     # With no class present at all there is nothing to overlap with: the Dice part is 0 loss, not NaN.
-    return (dice * present).sum() / present.sum().clamp(min=1) + (present.sum() == 0).to(dice.dtype)
+    dices, count = (dice * present).sum(), present.sum()
+    if not batch_dice:
+        dices, count = summed(dices, count)
+    return dices / count.clamp(min=1) + (count == 0).to(dice.dtype)

@@ -6,8 +6,8 @@ A metric is one function in one file of this package, made known with `@metric(.
 
 `docs/metrics.md` has the definitions in one table, with when not to use them. Those that are cheap and mean something
 for any structure are computed by default, the others by name (`medseg.metrics.metric.metric_names`). Beside them, for
-what label maps do not hold: `instances.panoptic_quality` and `partition.partition_scores` for maps of instances,
-`calibration.calibration` for probabilities.
+what label maps do not hold: `instances.panoptic_quality` and `partition.partition_scores` for maps of instances
+(`medseg evaluate --instances`), `calibration.calibration` for probabilities (`--probabilities`).
 
 **Empty masks.** Written once, here; `ClassMasks.state` names the situation:
 

@@ -1,6 +1,7 @@
 """Calibration: whether a network that says 90 % is right in 90 % of the voxels.
 
-It needs probabilities, so it is no metric of label maps and not in the table of metrics.
+It needs probabilities, so it is no metric of label maps and not in the table of metrics: `medseg evaluate
+--probabilities` reads them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,16 @@ class Calibration:
         """Maximum calibration error: the largest gap of a bin that is not empty; NaN without any."""
         gaps = np.abs(self.accuracy - self.confidence)
         return float(np.nanmax(gaps)) if self.counts.any() else math.nan
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """The voxels of both, which have the same bins."""
+        counts = self.counts + other.counts
+        present = np.where(counts > 0, counts, np.nan)
+        confident, right = (
+            (np.nan_to_num(ours) * self.counts + np.nan_to_num(theirs) * other.counts) / present
+            for ours, theirs in ((self.confidence, other.confidence), (self.accuracy, other.accuracy))
+        )
+        return Calibration(counts, confident, right)
 
 
 def calibration(

@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from medseg.errors import Code, MedsegError
 from medseg.labels import IGNORE_INDEX
-from medseg.metrics.masks import ClassMasks, Mask, State
+from medseg.metrics.masks import ClassMasks, InstanceMap, Mask, State
 from medseg.metrics.metric import metrics
 from medseg.volume import Grid
 
@@ -49,6 +49,7 @@ def measure_case(
     regions: Sequence[tuple[int, ...]] = (),
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     names: Sequence[str] | None = None,
+    instances: tuple[InstanceMap, InstanceMap] | None = None,
 ) -> list[ClassResult]:
     """Measure every foreground class of one case, or every region.
 
@@ -62,6 +63,8 @@ def measure_case(
         regions: what is measured instead of classes: the indices of the classes that make up each (`Labels.regions`).
         tolerance_mm: what the surface Dice forgives (pixels for pictures).
         names: metrics to compute; all by default. Without surface metrics it is many times faster.
+        instances: maps of instances of prediction and reference, for metrics that count them; else each connected
+            component is one.
     Returns:
         One result per class, in the order of the indices, without the background; or one per region.
     Raises:
@@ -79,7 +82,13 @@ def measure_case(
         )
     chosen = metrics(names)
     all_masks = class_masks(
-        predicted, reference, grid, num_classes=num_classes, regions=regions, tolerance_mm=tolerance_mm
+        predicted,
+        reference,
+        grid,
+        num_classes=num_classes,
+        regions=regions,
+        tolerance_mm=tolerance_mm,
+        instances=instances,
     )
     return [
         ClassResult(index, masks.state, {metric.name: metric.measure(masks) for metric in chosen})
@@ -95,6 +104,7 @@ def class_masks(
     num_classes: int,
     regions: Sequence[tuple[int, ...]] = (),
     tolerance_mm: float,
+    instances: tuple[InstanceMap, InstanceMap] | None = None,
 ) -> Iterator[ClassMasks]:
     """The masks of the foreground classes or regions one after the other; the arguments are those of `measure_case`."""
     ignored = reference == IGNORE_INDEX
@@ -104,6 +114,7 @@ def class_masks(
     _check(predicted, reference, num_classes)
     shape, foreground = predicted.shape, _foreground_box(predicted, reference)
     predicted, reference = predicted[foreground], reference[foreground]
+    numbered = None if instances is None else tuple(numbers[foreground] for numbers in instances)
     counts = confusion(predicted, reference, num_classes)
     counts[0, 0] += math.prod(shape) - predicted.size - num_ignored
     boxes = [ndimage.find_objects(array, max_label=num_classes - 1) for array in (predicted, reference)]
@@ -117,13 +128,14 @@ def class_masks(
         box = _union([of_map[index - 1] for of_map in boxes for index in members], grid.ndim)
         tp = int(counts[np.ix_(members, members)].sum())
         fp, fn = int(counts[members].sum()) - tp, int(counts[:, members].sum()) - tp
+        masks = [_mask(indices[box], members) for indices in (predicted, reference)]
         yield ClassMasks(
             tp=tp,
             fp=fp,
             fn=fn,
             tn=int(counts.sum()) - tp - fp - fn,
-            predicted=_without(_mask(predicted[box], members), flat),
-            reference=_without(_mask(reference[box], members), flat),
+            predicted=_without(masks[0], flat),
+            reference=_without(masks[1], flat),
             spacing_mm=spacing_mm,
             margins=tuple(
                 (outer.start + inner.start, size - outer.start - inner.stop)
@@ -133,6 +145,7 @@ def class_masks(
             voxel_volume=volume,
             diagonal_mm=diagonal,
             tolerance_mm=tolerance_mm,
+            instances=None if numbered is None else _instances(numbered, box, masks, flat),
         )
 
 
@@ -185,6 +198,14 @@ def _mask(indices: IndexMap, members: list[int]) -> Mask:
 def _without(mask: Mask, axes: tuple[int, ...]) -> Mask:
     """The mask without these axes, along which it has at most one voxel."""
     return np.asarray(mask.any(axis=axes)) if axes else mask
+
+
+def _instances(
+    numbered: Sequence[InstanceMap], box: tuple[slice, ...], masks: Sequence[Mask], flat: tuple[int, ...]
+) -> tuple[InstanceMap, InstanceMap]:
+    """The instances within the masks of a class, without the axes along which there is one voxel."""
+    ours, theirs = (np.where(mask, numbers[box], 0) for numbers, mask in zip(numbered, masks, strict=True))
+    return (ours.max(axis=flat), theirs.max(axis=flat)) if flat and ours.size else (ours, theirs)
 
 
 def _union(boxes: Sequence[tuple[slice, ...] | None], ndim: int) -> tuple[slice, ...]:

@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
 from medseg.errors import Code, MedsegError
-from medseg.metrics.masks import Mask
-
-InstanceMap = NDArray[np.integer]
+from medseg.metrics.masks import ClassMasks, InstanceMap, Mask
 
 
 def components(mask: Mask, *, by_faces: bool = False) -> tuple[NDArray[np.int32], int]:
@@ -28,6 +26,13 @@ def components(mask: Mask, *, by_faces: bool = False) -> tuple[NDArray[np.int32]
     neighbours = ndimage.generate_binary_structure(mask.ndim, 1 if by_faces else mask.ndim)
     numbered = np.empty(mask.shape, dtype=np.int32)
     return numbered, int(ndimage.label(mask, neighbours, output=numbered))
+
+
+def instances_of(masks: ClassMasks) -> tuple[InstanceMap, InstanceMap]:
+    """The instances of the prediction and of the reference: those that the files number, else connected components."""
+    if masks.instances is not None:
+        return masks.instances
+    return components(masks.predicted)[0], components(masks.reference)[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """Panoptic quality: whether instances (nuclei, lesions, nodules) are found one by one, and how well each is outlined.
 
 `panoptic_quality` takes maps of instances. The metrics `pq`, `sq` and `rq` take the connected components of a class
-(26 neighbours, 8 in 2D) for its instances: where instances touch each other, two are then one.
+(26 neighbours, 8 in 2D) for its instances, where instances that touch each other are one; or, of files that number
+them, those (`medseg evaluate --instances`).
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from medseg.metrics.components import InstanceMap, Overlaps, components
-from medseg.metrics.masks import ClassMasks
+from medseg.metrics.components import Overlaps, instances_of
+from medseg.metrics.masks import ClassMasks, InstanceMap
 from medseg.metrics.metric import metric
 
 MATCH_IOU = 0.5
@@ -78,25 +79,27 @@ def panoptic_quality(predicted: InstanceMap, reference: InstanceMap) -> Panoptic
 
 @metric("pq", title="PQ", better="higher", dimension="ratio", default=False)
 def pq(masks: ClassMasks) -> float:
-    """Panoptic quality of the class's connected components: SQ × RQ; 0 for a missed or spurious structure.
+    """Panoptic quality of the class's instances: SQ × RQ; 0 for a missed or spurious structure.
+
+    Instances are the connected components, or with --instances those that the files number.
 
     Source:
-        Kirillov et al., Panoptic segmentation, CVPR 2019. Components match if their IoU is above 0.5.
+        Kirillov et al., Panoptic segmentation, CVPR 2019. Instances match if their IoU is above 0.5.
     """
     return _of_components(masks).pq
 
 
 @metric("sq", title="SQ", better="higher", dimension="ratio", default=False)
 def sq(masks: ClassMasks) -> float:
-    """Segmentation quality: mean IoU of the matched components; 0 where none matches (see `pq`)."""
+    """Segmentation quality: mean IoU of the matched instances; 0 where none matches (see `pq`)."""
     return _of_components(masks).sq
 
 
 @metric("rq", title="RQ", better="higher", dimension="ratio", default=False)
 def rq(masks: ClassMasks) -> float:
-    """Recognition quality: TP / (TP + FP / 2 + FN / 2) over components (see `pq`)."""
+    """Recognition quality: TP / (TP + FP / 2 + FN / 2) over instances (see `pq`)."""
     return _of_components(masks).rq
 
 
 def _of_components(masks: ClassMasks) -> PanopticQuality:
-    return panoptic_quality(components(masks.predicted)[0], components(masks.reference)[0])
+    return panoptic_quality(*instances_of(masks))

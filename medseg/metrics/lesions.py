@@ -1,6 +1,7 @@
 """Lesion-wise detection: of so many lesions how many were found, and how many finds are none.
 
-A lesion is a connected component (voxels that share a face, an edge or a corner). **Matching:** a lesion of the
+A lesion is a connected component (voxels that share a face, an edge or a corner), or, of files that number them, an
+instance (`medseg evaluate --instances`). **Matching:** a lesion of the
 reference is found if at least one of its voxels is predicted; a predicted lesion is a false positive if none of its
 voxels is in the reference. One predicted lesion may find several. How well a lesion is outlined is not asked: read
 Dice beside it.
@@ -16,8 +17,8 @@ import math
 
 import numpy as np
 
-from medseg.metrics.components import components
-from medseg.metrics.masks import ClassMasks, Mask
+from medseg.metrics.components import instances_of
+from medseg.metrics.masks import ClassMasks, InstanceMap, Mask
 from medseg.metrics.metric import metric
 
 
@@ -30,7 +31,7 @@ def lesion_sensitivity(masks: ClassMasks) -> float:
     Source:
         Carass et al., Longitudinal multiple sclerosis lesion segmentation, NeuroImage 2017 (LTPR).
     """
-    found, total = touched(masks.reference, masks.predicted)
+    found, total = touched(instances_of(masks)[1], masks.predicted)
     return found / total if total else math.nan
 
 
@@ -44,8 +45,9 @@ def lesion_f1(masks: ClassMasks) -> float:
     Source:
         Hernandez Petzsche et al., ISLES 2022, Scientific Data 2022.
     """
-    found, total = touched(masks.reference, masks.predicted)
-    right, predicted = touched(masks.predicted, masks.reference)
+    ours, theirs = instances_of(masks)
+    found, total = touched(theirs, masks.predicted)
+    right, predicted = touched(ours, masks.reference)
     return 2 * found / (found + total + predicted - right)
 
 
@@ -56,18 +58,20 @@ def false_positive_lesions(masks: ClassMasks) -> float:
     Predicting nothing has none: it does not rank, read it beside the sensitivity. Cases in which the structure is in
     neither mask are left out of its mean, as of all means.
     """
-    right, total = touched(masks.predicted, masks.reference)
+    right, total = touched(instances_of(masks)[0], masks.reference)
     return total - right
 
 
 @metric("reference_lesions", title="Lesions", better=None, dimension="count", default=False)
 def reference_lesions(masks: ClassMasks) -> float:
     """Number of lesions in the reference."""
-    return components(masks.reference)[1]
+    return _number_of(instances_of(masks)[1])
 
 
-def touched(lesions: Mask, other: Mask) -> tuple[int, int]:
-    """How many connected components of a mask have a voxel in another, and how many there are."""
-    numbered, total = components(lesions)
-    hit = np.unique(numbered[other])
-    return int(np.count_nonzero(hit)), total
+def touched(lesions: InstanceMap, other: Mask) -> tuple[int, int]:
+    """How many lesions of a map have a voxel in a mask, and how many there are."""
+    return _number_of(lesions[other]), _number_of(lesions)
+
+
+def _number_of(lesions: InstanceMap) -> int:
+    return np.unique(lesions[lesions != 0]).size

@@ -8,10 +8,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
 
 Mask = NDArray[np.bool_]
 Distances = NDArray[np.float64]
+InstanceMap = NDArray[np.integer]
+"""0 is no instance, and each other number is one."""
 
 ROUNDING_MM = 1e-4
 """Added to tolerances: NIfTI headers hold the spacing as float32, so two voxels of 0.8 mm are 1.60000002 mm."""
@@ -54,6 +55,7 @@ class ClassMasks:
         voxel_volume: volume of one voxel in ml (1 for pictures).
         diagonal_mm: length of the diagonal of the whole case, from edge to edge.
         tolerance_mm: what the surface Dice forgives.
+        instances: the same crop of the maps of instances of prediction and reference, where files number them.
     """
 
     tp: int
@@ -67,6 +69,7 @@ class ClassMasks:
     voxel_volume: float
     diagonal_mm: float
     tolerance_mm: float
+    instances: tuple[InstanceMap, InstanceMap] | None = None
 
     @property
     def num_predicted(self) -> int:
@@ -171,6 +174,8 @@ def _nearest(
             return found
         if cost > _TREE * num_target:
             break
+    from scipy.spatial import KDTree
+
     tree = KDTree(np.argwhere(to) * np.asarray(spacing_mm), balanced_tree=False, compact_nodes=False)
     far = np.stack(np.unravel_index(places[open_], of.shape), axis=-1) * np.asarray(spacing_mm)
     found[open_] = tree.query(far)[0]

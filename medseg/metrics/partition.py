@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from medseg.metrics.components import InstanceMap, Overlaps, components
-from medseg.metrics.masks import ClassMasks, Mask, State
+from medseg.metrics.components import Overlaps, components
+from medseg.metrics.masks import ClassMasks, InstanceMap, Mask, State
 from medseg.metrics.metric import metric
 
 
@@ -128,6 +128,8 @@ def membrane_v_info(masks: ClassMasks) -> float:
 
 
 def _of_cells(masks: ClassMasks) -> PartitionScores:
+    if masks.instances is not None:
+        return partition_scores(*masks.instances)
     return partition_scores(thinned_cells(masks.predicted), components(masks.reference, by_faces=True)[0])
 
 

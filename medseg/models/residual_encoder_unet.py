@@ -13,7 +13,7 @@ from medseg.models.blocks.pool import DownBlock, NoDown
 from medseg.models.blocks.residual import ResidualBlock
 from medseg.models.contract import MODELS
 from medseg.models.encoder_decoder import EncoderDecoder, Parts
-from medseg.models.stages import check_stages, resolve_stages
+from medseg.models.stages import MAX_IN_A_ROW, check_stages, resolve_stages
 
 BLOCKS = (1, 3, 4, 6)
 """Residual blocks of the first stages where nothing says otherwise; further stages have as many as the last."""
@@ -48,10 +48,12 @@ class ResidualEncoderUNetConfig:
 
     def __post_init__(self) -> None:
         check_stages(self.widths, self.kernels, self.strides)
-        if min((self.num_decoder_convolutions, self.num_groups, *(self.num_blocks or ()))) < 1:
+        in_a_row = (self.num_decoder_convolutions, *(self.num_blocks or ()))
+        if min((self.num_groups, *in_a_row)) < 1 or max(in_a_row) > MAX_IN_A_ROW:
             raise MedsegError(
                 Code.CONFIG,
-                "model.num_blocks, model.num_decoder_convolutions and model.num_groups are at least 1",
+                "model.num_blocks, model.num_decoder_convolutions and model.num_groups are at least 1, the first two "
+                f"at most {MAX_IN_A_ROW}",
                 where="model",
                 got=(self.num_blocks, self.num_decoder_convolutions, self.num_groups),
             )

@@ -14,6 +14,10 @@ NARROWEST = 32
 WIDEST = {2: 512, 3: 320}
 """Most filters of a stage by spatial_dims, where nothing says otherwise (nnU-Net)."""
 
+MAX_IN_A_ROW = 100
+"""Most convolutions or blocks of a stage: networks have up to a third of that, and what asks for a billion is refused
+before a list of them fills the memory."""
+
 
 @dataclass(frozen=True)
 class Stage:

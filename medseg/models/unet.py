@@ -16,7 +16,7 @@ from medseg.models.blocks.resample import Down, Up
 from medseg.models.blocks.skip import Skip
 from medseg.models.contract import MODELS
 from medseg.models.encoder_decoder import EncoderDecoder, Parts
-from medseg.models.stages import Stage, check_stages, resolve_stages
+from medseg.models.stages import MAX_IN_A_ROW, Stage, check_stages, resolve_stages
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         check_stages(self.widths, self.kernels, self.strides)
-        if self.num_convolutions < 1 or self.num_groups < 1:
+        if not 1 <= self.num_convolutions <= MAX_IN_A_ROW or self.num_groups < 1:
             raise MedsegError(
                 Code.CONFIG,
-                "model.num_convolutions and model.num_groups are at least 1",
+                f"model.num_convolutions and model.num_groups are at least 1, num_convolutions at most {MAX_IN_A_ROW}",
                 where="model",
                 got=(self.num_convolutions, self.num_groups),
             )

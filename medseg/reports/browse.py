@@ -123,7 +123,7 @@ def find_runs(folder: Path) -> list[RunEntry]:
             "no run was found here",
             where=folder.resolve().name,
             expected=f"a folder with runs of medseg train (with {BUNDLE_FILE} and {CONFIG_FILE})",
-            remedy="make one with: make demo; or name another folder: MEDSEG_RUNS=FOLDER",
+            remedy="make one with: medseg demo; or name another folder: medseg notebook FOLDER (or MEDSEG_RUNS=FOLDER)",
         )
     return sorted(found, key=lambda entry: (entry.date, entry.name), reverse=True)
 

@@ -207,6 +207,8 @@ def _results(facts: Facts) -> list[str]:
             ["mean" if entry.class_name == FOREGROUND else entry.class_name, *numbers, _number(distance.median)]
         )
     lines = [_scored_on(facts), "", *markdown_table(rows)]
+    if any(entry.counts[State.MISSED] for entry in evaluation.summary):
+        lines += ["", "A missed structure counts with a Dice of 0 and the diagonal of the case for its distance."]
     if isinstance(facts.evaluation, CrossValidation):
         lines += ["", "Mean Dice by fold:", "", *markdown_table(facts.evaluation.table())]
     if facts.postprocessed:

@@ -6,22 +6,26 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medseg.data.manifest import read_dataset_json
 from medseg.errors import Code, MedsegError
-from medseg.formats import is_image_file, open_label, strip_suffix
+from medseg.formats import STRICT, Reading, is_image_file, open_label, strip_suffix
 from medseg.formats.label_table import labels_for, read_labels
 from medseg.label_values import integer_values
-from medseg.labels import TABLE_FILE, Labels
+from medseg.labels import IGNORE_INDEX, REST, TABLE_FILE, Labels
+from medseg.volume import Grid, Volume
 
 MissingPolicy = Literal["error", "count", "skip"]
 DATASET_FILE = "dataset.json"
 """Declares the classes of a data set in nnU-Net's layout, and of what nnU-Net has predicted."""
 MAX_CLASSES = 255
 """More values than this in references are not classes but instances (or the file is an image)."""
+INSTANCES = "object"
+"""Name of the class of instances where nobody gave one."""
 _LISTED = 10
 _ROLE = re.compile(r"[_-](seg|segmentation|mask|label|labels)$", re.IGNORECASE)
 
@@ -63,7 +67,7 @@ def match_pairs(predicted: Path, reference: Path, *, missing: MissingPolicy) -> 
             where=f"{predicted.name} and {reference.name}",
             remedy="give two files, or two folders",
         )
-    predictions, references = _by_case(predicted), _by_case(reference)
+    predictions, references = by_case(predicted), by_case(reference)
     remedy = (
         "remove them, or add their references; files with other names can be compared one by one: PRED_FILE REF_FILE"
     )
@@ -78,7 +82,14 @@ def match_pairs(predicted: Path, reference: Path, *, missing: MissingPolicy) -> 
     return [Pair(case, predictions.get(case), references[case]) for case in sorted(wanted)]
 
 
-def labels_of(predicted: Path, reference: Path, references: Sequence[Path]) -> Labels:
+def labels_of(
+    predicted: Path,
+    reference: Path,
+    references: Sequence[Path],
+    *,
+    reading: Reading = STRICT,
+    instances: bool = False,
+) -> Labels:
     """The classes that a table or a dataset.json beside the predictions declares, else one beside the references, else
     one class per value of the references.
 
@@ -86,6 +97,8 @@ def labels_of(predicted: Path, reference: Path, references: Sequence[Path]) -> L
         predicted: a file or a folder.
         reference: the same.
         references: the files of `reference` that are compared.
+        reading: what is asked of the readers beyond their strict defaults.
+        instances: the files number instances; where nothing is declared they are of one class.
     Raises:
         MedsegError: E_LABEL or E_CONFIG if the file cannot be understood, or there are no classes or too many.
     """
@@ -93,9 +106,13 @@ def labels_of(predicted: Path, reference: Path, references: Sequence[Path]) -> L
         declared = _declared(place)
         if declared is not None:
             return declared
+    if instances:
+        return Labels.from_mapping({"background": 0, INSTANCES: REST})
     values: set[int] = set()
     for reference in references:
-        values.update(int(v) for v in np.unique(integer_values(open_label(reference).array, where=reference.name)))
+        values.update(
+            int(v) for v in np.unique(integer_values(open_label(reference, reading).array, where=reference.name))
+        )
         if len(values) > MAX_CLASSES:
             raise MedsegError(
                 Code.LABEL,
@@ -103,10 +120,78 @@ def labels_of(predicted: Path, reference: Path, references: Sequence[Path]) -> L
                 where=reference.name,
                 expected=f"at most {MAX_CLASSES}",
                 got=f"{len(values)} or more",
-                remedy="give the classes; for maps of instances {background: 0, object: rest}",
+                remedy="give the classes; if each value is one object (nucleus, lesion), use --instances",
             )
     names = {v: "background" if v == 0 else f"label_{v}" for v in sorted(values)}
     return Labels.from_mapping({name: v for v, name in names.items()})
+
+
+def instance_labels(labels: Labels) -> Labels:
+    """The same for files whose values number instances: all that is not background or ignored is the one class.
+
+    Raises:
+        MedsegError: E_LABEL where there are several classes.
+    """
+    if labels.regions or labels.num_classes != 2:
+        raise MedsegError(
+            Code.LABEL,
+            "maps of instances have one class, of which each value is an instance",
+            where="--instances",
+            got=labels.to_json(),
+            remedy='evaluate the classes one by one, or give --labels "{background: 0, nucleus: rest}"',
+        )
+    return Labels(labels.names, (labels.values[0], ()), ignore=labels.ignore)
+
+
+def numbered_instances(
+    volumes: tuple[Volume, Volume], indices: tuple[NDArray[np.uint8], NDArray[np.uint8]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The instances of prediction and reference, 0 where there is none or where the reference is not counted.
+
+    Args:
+        volumes: maps with the values of files, on one grid.
+        indices: the same as class indices.
+    """
+    counted = indices[1] != IGNORE_INDEX
+    ours, theirs = (
+        np.where((index == 1) & counted, _distinct(volume.array), 0)
+        for volume, index in zip(volumes, indices, strict=True)
+    )
+    return ours, theirs
+
+
+def _distinct(values: NDArray[Any]) -> NDArray[np.int64]:
+    """1, 2, … for the values of a file, whatever they are."""
+    _, inverse = np.unique(values, return_inverse=True)
+    return inverse.reshape(values.shape).astype(np.int64) + 1
+
+
+def aligned(predicted: Volume, grid: Grid, case: str) -> Volume:
+    """A prediction with its axes in the order of the reference's grid.
+
+    Raises:
+        MedsegError: E_GRID if the two do not lie on one grid.
+    """
+    if predicted.grid.difference(grid) is None:
+        return predicted
+    try:
+        return predicted.oriented_as(grid)
+    except MedsegError as error:
+        raise MedsegError(
+            Code.GRID,
+            "prediction and reference do not lie on one grid",
+            where=case,
+            expected=f"{_describe(grid)} (reference)",
+            got=f"{_describe(predicted.grid)} (prediction): {predicted.grid.difference(grid)}",
+            remedy="predict on the scan's own grid, or resample the prediction with nearest neighbour",
+        ) from error
+
+
+def _describe(grid: Grid) -> str:
+    spacing = " × ".join(f"{s:.4g}" for s in grid.spacing_mm)
+    if grid.is_picture:
+        return f"picture of shape {grid.shape}"
+    return f"shape {grid.shape}, spacing {spacing} mm, orientation {grid.orientation}"
 
 
 def _declared(place: Path) -> Labels | None:
@@ -124,7 +209,12 @@ def _declared(place: Path) -> Labels | None:
     return None
 
 
-def _by_case(folder: Path) -> dict[str, Path]:
+def by_case(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their case id, in the order of their names.
+
+    Raises:
+        MedsegError: E_DUPLICATE_ID, E_NO_CASES.
+    """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.name.startswith(".") or not is_image_file(path):

@@ -47,7 +47,7 @@ def print_anomalies(anomalies: Sequence[Anomaly], console: Console) -> None:
 
 
 def _text(value: object) -> str:
-    """A value as people write it: sizes along axes with ×, lists with commas."""
+    """A value as people write it: sizes along axes with ×, lists with commas; plan.yaml has all digits."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -57,5 +57,5 @@ def _text(value: object) -> str:
     if value and isinstance(value[0], tuple):
         return "  ".join(_text(item) for item in value)
     if value and all(isinstance(item, (int, float)) for item in value):
-        return "×".join(f"{item:g}" for item in value)
+        return "×".join(str(item) if isinstance(item, int) else f"{item:.4g}" for item in value)
     return ", ".join(map(str, value))

@@ -128,6 +128,19 @@ def slice_axis(grid: Grid) -> int:
     return spacing.index(coarsest) if coarsest > COARSER * second else 0
 
 
+def grey_window(
+    array: NDArray[np.generic], modality: str | None, drawn: NDArray[np.generic] | None
+) -> tuple[float, float]:
+    """The intensities from black to white.
+
+    Args:
+        array: one channel of a volume.
+        modality: of the scan; soft tissue in CT has a window of its own.
+        drawn: a mask of the same shape, 0 where there is nothing: of CT it says whether soft tissue is looked at.
+    """
+    return SOFT_TISSUE_HU if modality == "CT" and _in_soft_tissue(array, drawn) else _window(array)
+
+
 @dataclass(frozen=True)
 class _Case:
     """Everything in `MODEL_ORIENTATION`, and the intensities from black to white."""
@@ -147,8 +160,7 @@ class _Case:
         truth, guess, lead = (
             None if m is None else Volume(m, image.grid).reoriented().array for m in (reference, predicted, leading)
         )
-        is_soft_tissue = image.modality == "CT" and _in_soft_tissue(turned.array[0], lead)
-        window = SOFT_TISSUE_HU if is_soft_tissue else _window(turned.array[0])
+        window = grey_window(turned.array[0], image.modality, lead)
         return cls(turned.array[0], truth, guess, lead, turned.grid.spacing_mm, window)
 
     def narrowness(self, plane: _Plane) -> float:

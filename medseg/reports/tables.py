@@ -11,6 +11,7 @@ from rich.table import Table
 
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric
+from medseg.reports.calibrated import NEAR_MM, interval_of
 from medseg.reports.evaluation import FOREGROUND, Evaluation, Summary
 from medseg.volume import PIXEL_FRAME
 
@@ -38,9 +39,21 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         "ΔV/V: signed volume error.\n"
         "Missed and spurious structures count as the worst; those absent from both are left out.[/dim]"
     )
+    if evaluation.calibrations:
+        console.print(f"[bold]calibration[/bold]  {calibration_line(evaluation)}")
     if cases > 1:
         console.print("\n[bold]worst cases[/bold]")
         console.print(_worst_table(evaluation))
+
+
+def calibration_line(evaluation: Evaluation) -> str:
+    """The mean ECE of the cases, over the scan and near the structures, with its interval."""
+    unit = "px" if evaluation.frame == PIXEL_FRAME else "mm"
+    parts = []
+    for near, where in ((False, "over the scan"), (True, f"within {NEAR_MM:g} {unit} of the box of the structures")):
+        mean = interval_of(evaluation.calibrations, evaluation.patients, near=near)
+        parts.append(f"{mean.mean:.4f} ({mean.low:.4f} to {mean.high:.4f}) {where}")
+    return f"ECE {', '.join(parts)}"
 
 
 def _class_table(evaluation: Evaluation, width: int) -> Table:

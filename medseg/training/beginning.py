@@ -19,7 +19,7 @@ from medseg.data.augment import side_lines
 from medseg.data.cases import Case, DataFolder, find_cases
 from medseg.data.facts import CaseInfo, Survey
 from medseg.data.layouts import name_some
-from medseg.data.plan import Plan
+from medseg.data.plan import Plan, takes_too_much
 from medseg.data.plan.file import PLAN_FILE
 from medseg.data.preparation import prepare_cases
 from medseg.data.prepared import PreparedCase
@@ -32,6 +32,7 @@ from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.losses.choice import fitting_loss
 from medseg.reports.progress import counting_bar
+from medseg.training.changes import refuse_changes
 from medseg.training.experiment import DataConfig, Experiment
 from medseg.training.planning import plan_run
 
@@ -80,10 +81,15 @@ def open_store(data: DataConfig, run: Path) -> Store:
 
 
 def begin(
-    experiment: Experiment, run: Path, device: torch.device, console: Console, store: Store | None = None
+    experiment: Experiment,
+    run: Path,
+    device: torch.device,
+    console: Console,
+    store: Store | None = None,
+    folder: DataFolder | None = None,
 ) -> tuple[Mapping[str, Case], Split, BundleInfo]:
     """Settle what a run of one fold begins with, and write it down."""
-    settled = settle(experiment, device, console, store)
+    settled = settle(experiment, device, console, store, folder=folder)
     (split,) = settled.splits
     settled.write(run, split)
     return settled.cases, split, settled.info
@@ -95,15 +101,25 @@ def settle(
     console: Console,
     store: Store | None = None,
     *,
+    folder: DataFolder | None = None,
     say_anomalies: bool = True,
 ) -> Settled:
-    """Find the cases, read each once, divide them, plan; and say what was found.
+    """Read each case once, divide them, plan; and say what was found.
 
     Test cases are not looked at. Where one fold is trained, its validation cases shape neither the plan nor the
     normalisation. Several folds have one plan, which all of their cases shape, as in nnU-Net.
+
+    Args:
+        experiment: what states the training.
+        device: that it will run on.
+        console: where the user reads.
+        store: where what was read of a case is found and kept.
+        folder: the cases; None finds them in `data.root`.
+        say_anomalies: whether cases unlike the rest are listed.
+    Raises:
+        MedsegError: what the data, the configuration or the machine refuse.
     """
-    data = experiment.data
-    folder = found_cases(data, console)
+    folder = folder or found_cases(experiment.data, console)
     found, splits = _read_and_divide(experiment, folder, console, store)
     for line in (*summary_lines(found), *(anomaly_lines(found) if say_anomalies else [])):
         console.print(line, highlight=False, soft_wrap=True)
@@ -117,7 +133,12 @@ def settle(
     )
     if experiment.folds is not None and experiment.plan is None and experiment.trainer.initial is None:
         info = dataclasses.replace(info, plan=_of_all_folds(info.plan, len(training)))
-    for line in side_lines(info.labels.declared, info.mirroring, info.swap):
+    if takes_too_much(info.plan):
+        said = f"{info.plan.memory_gb:g} GiB {info.plan.reasons['memory_gb']}"
+        remedy = "data.plan.batch_size and data.plan.patch_size lower it"
+        console.print(f"[yellow]warning[/]    {said}: {remedy}", highlight=False, soft_wrap=True)
+    assumed = not isinstance(experiment.augment.swap, Mapping)
+    for line in side_lines(info.labels.declared, info.mirroring, info.swap, assumed=assumed):
         console.print(line, highlight=False, soft_wrap=True)
     _, why = fitting_loss(experiment.loss, info.labels)
     if why is not None:
@@ -151,7 +172,7 @@ def _read_and_divide(
             dataclasses.replace(folder, cases=tuple(c for c in folder.cases if c.case_id in used)),
             data.labels,
             regions_order=data.regions_order,
-            num_threads=data.num_threads,
+            num_threads=data.threads,
             progress=progress,
             on_bad_case=data.on_bad_case,
             training=lambda infos: {case_id for split in divide(infos) for case_id in split.train},
@@ -219,29 +240,47 @@ def _of_all_folds(plan: Plan, num_cases: int) -> Plan:
     return dataclasses.replace(plan, reasons=reasons)
 
 
-def go_on(experiment: Experiment, run: Path, console: Console) -> tuple[Mapping[str, Case], Split, BundleInfo]:
+def go_on(
+    experiment: Experiment, run: Path, console: Console, store: Store | None = None
+) -> tuple[Mapping[str, Case], Split, BundleInfo]:
     """What a run decided when it began: a resumed run keeps its split and plan, also where the folder has grown.
 
     Raises:
-        MedsegError: E_MISSING if a case of the split is not in the folder any more; E_RUN if this is no run.
+        MedsegError: E_RUN if this is no run; what `cases_again` refuses.
     """
     info, split = BundleInfo.read(run), read_split(run / SPLIT_FILE)
-    return cases_again(experiment, info, [split], console), split, info
+    return cases_again(experiment, info, [split], console, run / SURVEY_FILE, store), split, info
 
 
 def cases_again(
-    experiment: Experiment, info: BundleInfo, splits: Sequence[Split], console: Console
+    experiment: Experiment,
+    info: BundleInfo,
+    splits: Sequence[Split],
+    console: Console,
+    before: Path | None = None,
+    store: Store | None = None,
 ) -> Mapping[str, Case]:
     """The cases of a run that goes on, by id: those of its splits are all there.
 
+    Args:
+        experiment: the run's.
+        info: what it is.
+        splits: its own, of all folds.
+        console: where the user reads.
+        before: its `SURVEY_FILE`.
+        store: with it, every case is read again and compared with `before`.
     Raises:
-        MedsegError: E_MISSING.
+        MedsegError: E_MISSING; what `refuse_changes` refuses.
     """
     data = experiment.data
     if info.structures is not None:
         data = dataclasses.replace(data, labels=info.structures, modality=data.modality or info.modality)
-    cases = {case.case_id: case for case in found_cases(data, console).cases}
-    gone = sorted({case for split in splits for case in (*split.train, *split.val) if case not in cases})
+    folder = found_cases(data, console)
+    wanted = {case_id for split in splits for case_id in (*split.train, *split.val)}
+    if before is not None and store is not None:
+        refuse_changes(folder, wanted, data, info, before, console, store)
+    cases = {case.case_id: case for case in folder.cases}
+    gone = sorted(wanted - cases.keys())
     if gone:
         raise MedsegError(
             Code.MISSING,
@@ -290,7 +329,7 @@ def prepare(
             [cases[i] for i in wanted],
             info.plan,
             info.labels,
-            num_threads=experiment.data.num_threads,
+            num_threads=experiment.data.threads,
             store=store,
             in_memory=experiment.data.in_memory,
             reading=experiment.data.reading,

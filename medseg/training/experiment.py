@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any, Literal
 import yaml
 
 from medseg.data.augment import AugmentConfig
+from medseg.data.memory import available_bytes
 from medseg.data.plan import PlanConfig
 from medseg.data.splits import SplitConfig, num_folds, refuse_fold
 from medseg.device import Determinism
+from medseg.environment import usable_cores
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading
 from medseg.formats.atomic import whole_file
@@ -33,6 +36,10 @@ PLACES = (
     ("resume",),
 )
 """The keys that hold paths."""
+MAX_THREADS = 8
+"""Most cases that are prepared at a time unless told: beyond, they wait for memory and for the disk."""
+BYTES_OF_A_CASE = 2 * 2**30
+"""What a case is taken to hold while it is prepared: a CT of 512×512×500 voxels with its label, before and after."""
 DEFAULT_MAX_STEPS = 20_000
 """Steps of a training that states no budget at all."""
 
@@ -81,8 +88,23 @@ class DataConfig:
     in_memory: bool | Literal["auto"] = "auto"
     """Whether prepared cases lie in memory (true), or their patches are read from the store (false); auto: in memory as
     many as fit into half of what is free."""
-    num_threads: int = 2
-    """Cases read and prepared at a time."""
+    num_threads: int | None = None
+    """Cases read and prepared at a time, each held in memory meanwhile; null: as many as there are cores for this
+    process, at most 8, and no more than fit into the free memory if they are as large as a CT usually is."""
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads <= 0:
+            raise MedsegError(Code.CONFIG, "must be positive", where="data.num_threads", got=self.num_threads)
+
+    @property
+    def threads(self) -> int:
+        """`num_threads`, or what this machine makes of it."""
+        if self.num_threads is not None:
+            return self.num_threads
+        from medseg.diagnosis.hardware import cpu_quota  # half of what looks at machines: not for a mere configuration
+
+        cores = min(usable_cores(), cpu_quota() or math.inf)
+        return max(1, min(int(cores), MAX_THREADS, available_bytes() // BYTES_OF_A_CASE))
 
     @property
     def reading(self) -> Reading:
@@ -108,7 +130,9 @@ class TrainerConfig:
     """Validations on whole volumes, evenly spread over the training; the last one is at its end. Under a time budget
     there are fewer where they would take more than a fifth of it."""
     patience: int | None = None
-    """Stop early after this many validations without a better Dice; null never stops early."""
+    """Stop early after this many validations in a row without a better Dice on whole volumes; null never stops early.
+    The weights of the best validation are kept either way. A validation Dice that falls while the training loss still
+    does wants more variation: augment=strong."""
     foreground_share: float = 0.33
     """Share of a batch that is centred on foreground."""
     even_classes: bool = False
@@ -126,6 +150,12 @@ class TrainerConfig:
     """Largest norm of the gradient."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
+    devices: int = 1
+    """Processes of this machine that train together, each on a GPU of its own where there are GPUs; they share
+    the plan's batch, so the result is that of one process. torchrun starts them on several machines."""
+    accumulate: int = 1
+    """Parts that a batch is computed in one after the other, for batches that do not fit into the memory at once; their
+    gradients are added up. A Dice over the batch is then one over each part."""
     precision: str = "auto"
     """auto (bf16 where the processor has it), bf16, fp16 or fp32."""
     on_nan_loss: Literal["stop", "skip"] = "stop"
@@ -142,6 +172,15 @@ class TrainerConfig:
     """Steps between entries of the training loss."""
     overlay_cases: int = 3
     """Validation cases whose overlays are drawn for TensorBoard at each validation."""
+    map_cases: int = 1
+    """Validation cases whose feature maps TensorBoard gets at each validation, with the network's first filters: of a
+    patch around a structure, the maps of the first stage, the coarsest ones, and the last before the scores. 0 draws
+    neither."""
+    histograms: bool = False
+    """Whether TensorBoard gets a histogram of each layer's weights at each validation."""
+    embedding_cases: int = 100
+    """At the end, most cases that TensorBoard's projector shows: the mean of their coarsest feature maps, half a minute
+    at most. 0 makes no projector."""
     overfit_cases: int | None = None
     """Debugging: train on this many cases and validate on the same ones."""
     final_predictions: bool = True
@@ -153,7 +192,16 @@ class TrainerConfig:
     foreground or of a class (the run's postprocessing.md says why)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "max_minutes", "num_validations", "patience", "log_steps", "overfit_cases"):
+        for name in (
+            "max_steps",
+            "max_minutes",
+            "num_validations",
+            "patience",
+            "devices",
+            "accumulate",
+            "log_steps",
+            "overfit_cases",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise MedsegError(Code.CONFIG, "must be positive", where=f"trainer.{name}", got=value)
@@ -169,8 +217,9 @@ class TrainerConfig:
                 got=f"trainer.max_minutes={self.max_minutes:g}",
                 remedy="set trainer.max_steps instead",
             )
-        if self.overlay_cases < 0:
-            raise MedsegError(Code.CONFIG, "must be at least 0", where="trainer.overlay_cases", got=self.overlay_cases)
+        for name in ("overlay_cases", "map_cases", "embedding_cases"):
+            if getattr(self, name) < 0:
+                raise MedsegError(Code.CONFIG, "must be at least 0", where=f"trainer.{name}", got=getattr(self, name))
         if not 0 <= self.foreground_share <= 1:
             raise MedsegError(
                 Code.CONFIG, "a share lies between 0 and 1", where="trainer.foreground_share", got=self.foreground_share

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from medseg.bundle import FOLDS_FILE, BundleInfo
-from medseg.data.cases import Case
+from medseg.data.cases import Case, DataFolder
 from medseg.data.plan.file import PLAN_FILE
 from medseg.data.prepared import PreparedCase
 from medseg.data.splits import SPLIT_FILE, Split, read_split, write_splits
@@ -22,7 +22,7 @@ from medseg.data.store import Store
 from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
-from medseg.training.beginning import cases_again, prepare, settle
+from medseg.training.beginning import SURVEY_FILE, cases_again, prepare, settle
 from medseg.training.experiment import Experiment, write_config
 from medseg.training.state import Counters, read_counters
 
@@ -99,13 +99,15 @@ class Folds:
         return sides
 
 
-def begin_folds(experiment: Experiment, run: Path, device: torch.device, console: Console, store: Store) -> Folds:
-    """Find, read and divide the cases, plan once for all folds, and make the folder of each.
+def begin_folds(
+    experiment: Experiment, run: Path, device: torch.device, console: Console, store: Store, found: DataFolder
+) -> Folds:
+    """Read and divide the cases, plan once for all folds, and make the folder of each.
 
     Raises:
         MedsegError: what `settle` refuses.
     """
-    settled = settle(experiment, device, console, store)
+    settled = settle(experiment, device, console, store, folder=found)
     members = []
     for number, split in zip(experiment.fold_numbers, settled.splits, strict=True):
         folder = run / f"{PREFIX}{number}"
@@ -121,7 +123,7 @@ def begin_folds(experiment: Experiment, run: Path, device: torch.device, console
     return folds
 
 
-def go_on_folds(experiment: Experiment, run: Path, console: Console) -> Folds:
+def go_on_folds(experiment: Experiment, run: Path, console: Console, store: Store | None = None) -> Folds:
     """The folds as they were when the run began, and which of them are done.
 
     Raises:
@@ -137,7 +139,8 @@ def go_on_folds(experiment: Experiment, run: Path, console: Console) -> Folds:
         members.append(Fold(number, folder, alone, read_split(folder / SPLIT_FILE)))
     # From their checkpoints: a fold may have gone on alone since (resume=RUN/fold_0).
     finished = {fold.number: read_counters(fold.run) for fold in members if fold.run.name in content["finished"]}
-    cases = cases_again(experiment, info, [fold.split for fold in members], console)
+    before = members[0].run / SURVEY_FILE
+    cases = cases_again(experiment, info, [fold.split for fold in members], console, before, store)
     return Folds(run, tuple(members), info, cases, finished)
 
 

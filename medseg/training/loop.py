@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from signal import Signals
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,23 +21,24 @@ from medseg.errors import Code, MedsegError
 from medseg.inference.sliding_window import WindowConfig, autocast, memory_format
 from medseg.losses.choice import build_loss
 from medseg.losses.deep_supervision import DeepSupervision
+from medseg.losses.processes import together
 from medseg.models import SegmentationModel
 from medseg.models.compiling import Forward
 from medseg.program import command
-from medseg.reports.overlay import figure_to_array, overlay_figure
 from medseg.training.averaging import WeightAverage
 from medseg.training.beginning import SURVEY_FILE
 from medseg.training.class_weights import with_class_weights
 from medseg.training.compiling import wants_compiling
+from medseg.training.distributed import World, without_sync
 from medseg.training.experiment import Experiment
 from medseg.training.feeding import on_device
 from medseg.training.journal import DICE_PREFIX, Journal
 from medseg.training.optimizers import OPTIMIZERS
+from medseg.training.pictures import Pictures
 from medseg.training.schedules import SCHEDULES, Schedule
 from medseg.training.signals import TrainingSignals
 from medseg.training.state import Counters, can_resume, resume_latest, save_best, save_latest
-from medseg.training.validation import validate
-from medseg.volume import Volume
+from medseg.training.validation import Watch, validate
 
 VALIDATION_SHARE = 0.2
 """Largest share of a time budget that validations may take."""
@@ -49,6 +50,8 @@ not drawn that often."""
 class Loop:
     """Steps and validations until the budget of steps or minutes is used up."""
 
+    watch: Watch | None = None
+
     def __init__(
         self,
         experiment: Experiment,
@@ -58,13 +61,17 @@ class Loop:
         training: Sequence[PreparedCase],
         validation: Sequence[PreparedCase],
         device: torch.device,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World()
         self.config, plan = experiment.trainer, info.plan
         self.run, self.plan, self.labels, self.model, self.device = run, plan, info.labels, model, device
         self.seed = experiment.seed
         self.validation = validation
         self.precision = choose_precision(self.config.precision, device)
-        self.window = WindowConfig(batch_size=plan.batch_size, precision=self.precision)
+        self.parts = self.world.share_batch(plan.batch_size, self.config.accumulate)
+        at_once = -(-plan.batch_size // (self.world.size * self.config.accumulate))
+        self.window = WindowConfig(batch_size=at_once, precision=self.precision)
         is_picture = not plan.orientation
         labelled = model.output_size(plan.patch_size)
         margin = tuple((p - q) // 2 for p, q in zip(plan.patch_size, labelled, strict=True))
@@ -87,6 +94,7 @@ class Loop:
             cut_size=self.augment.cut_size,
             annotated_only=bool(info.labels.ignore),
             even_classes=self.config.even_classes,
+            share=(self.world.rank, self.world.size),
         )
         self.notes: list[str] = []
         loss, weights_note = with_class_weights(
@@ -101,12 +109,15 @@ class Loop:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.average = None if self.config.ema is None else WeightAverage(model, self.config.ema)
         is_compiled = wants_compiling(self.config.compile, device, steps=self.config.steps, minutes=self.config.minutes)
-        self.forward = Forward(model, compiled=is_compiled, must=self.config.compile == "on")
+        self.network = self.world.network(model, device)
+        self.forward = Forward(self.network, compiled=is_compiled, must=self.config.compile == "on")
         if device.type == "cpu":
             keep_freed_memory()
         self.counters = Counters()
         if experiment.resume is not None and can_resume(run):
-            self.counters, notes = resume_latest(run, model, self.optimizer, self.scaler, self.average)
+            self.counters, notes = self.world.main_first(
+                lambda: resume_latest(run, model, self.optimizer, self.scaler, self.average)
+            )
             self.notes += notes
             if not self.counters.is_validating:
                 # A larger budget moves the evenly spread validations: those due by now count as done.
@@ -116,9 +127,7 @@ class Loop:
         self.last_dice = math.nan
         self.validated_at, self.validation_seconds = time.monotonic(), 0.0
         self.saved_at = time.monotonic()
-        fixed = [case.case_id for case in validation]
-        num_shown = self.config.overlay_cases
-        self.shown = fixed[:: max(1, len(fixed) // max(1, num_shown))][:num_shown]
+        self.pictures = Pictures(self.config, info, training, validation, device, self.precision)
 
     def columns(self) -> list[str]:
         """Columns of history.csv."""
@@ -140,28 +149,48 @@ class Loop:
         self.mark, self.mark_step = time.monotonic(), self.counters.step
         for note in self.notes:
             journal.say(note)
-        with TrainingSignals() as signals, closing(self.feed()) as batches:
+        with TrainingSignals(once=self.world.size == 1) as signals, closing(self.feed()) as batches:
             if self.counters.is_validating:  # it was killed meanwhile
                 self.validate_and_save(journal)
-            while self.progress() < 1 and signals.received is None and not self.is_out_of_patience():
+            while self.progress() < 1 and not self.is_stopped(signals) and not self.is_out_of_patience():
                 step, image, label = next(batches)
                 self.note_loss(self.train_step(step, image, label), journal)
                 self.counters.step = step + 1
-                self.counters.minutes = (time.monotonic() - self.started) / 60
+                self.read_clock()
                 if self.counters.step % self.config.log_steps == 0:
                     self.log_training(journal)
-                if self.is_time_to_validate():
+                validates, saves = self.turn(signals)
+                if validates:
                     self.validate_and_save(journal)
-                elif signals.take_save() or time.monotonic() - self.saved_at > 60 * self.config.save_minutes:
+                elif saves:
                     self.save()
-            if signals.received is not None:
+            if self.is_stopped(signals) and signals.received is not None:
                 self.save()
                 journal.say(f"stopped by {signals.received.name} at step {self.counters.step}")
                 again = command("train", f"resume={self.run}")  # not for the log: its folders may be named for patients
                 journal.console.print(f"go on with: {again}", highlight=False, soft_wrap=True, markup=False)
+        self.world.barrier()  # torchrun ends them all when the first one leaves
         signals.raise_received()
-        if not checkpoint_path(self.run, "best").exists():  # the budget was made smaller before the first validation
-            self.validate_and_save(journal)
+        if self.world.told(not checkpoint_path(self.run, "best").exists()):
+            self.validate_and_save(journal)  # the budget was made smaller before the first validation
+
+    def is_stopped(self, signals: TrainingSignals) -> bool:
+        """Whether a signal has asked any of the processes to stop."""
+        (number,) = self.world.highest(signals.received or 0)
+        if number:
+            signals.received = Signals(int(number))
+        return bool(number)
+
+    def read_clock(self) -> None:
+        """How long it took so far: rates and budgets go by the main process's clock."""
+        (self.counters.minutes,) = self.world.of_main((time.monotonic() - self.started) / 60)
+
+    def turn(self, signals: TrainingSignals) -> tuple[bool, bool]:
+        """Whether all processes validate now, and whether they save."""
+        is_old = time.monotonic() - self.saved_at > 60 * self.config.save_minutes
+        (saves,) = self.world.highest(signals.take_save() or (is_old and self.world.is_main))
+        (validates,) = self.world.of_main(self.is_time_to_validate())
+        return bool(validates), bool(saves)
 
     def validate_and_save(self, journal: Journal) -> None:
         """A validation, and what is left of it if the process is killed at any moment.
@@ -173,10 +202,12 @@ class Loop:
         self.save()
         is_best = self.validate(journal)
         self.counters.is_validating = False
-        self.counters.minutes = (time.monotonic() - self.started) / 60
+        self.read_clock()
         self.save()
-        if is_best:
+        if is_best and self.world.is_main:
             save_best(self.run, self.model, self.average, self.counters)
+        if self.watch is not None:
+            self.watch(self.progress(), self.last_dice)
         self.mark, self.mark_step = time.monotonic(), self.counters.step
         if self.is_out_of_patience():
             journal.say(
@@ -196,23 +227,20 @@ class Loop:
         """
         self.set_rates()
         # What a network draws itself (dropout) follows from (seed, step) too: no random state is to be saved.
-        torch.manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        image, label = self.augment(image, label, step)
+        torch.manual_seed((self.seed * 1_000_003 + step + (self.world.rank << 40)) % 2**63)
+        image, label = self.augment(image, label, step, self.sampler.indices)
         image = image.contiguous(memory_format=memory_format(self.plan.spatial_dims))
         self.optimizer.zero_grad(set_to_none=True)
         # A batch normalisation takes what it sees into its running statistics before anybody knows the loss.
         kept = [buffer.clone() for buffer in self.model.buffers()] if self.config.on_nan_loss == "skip" else []
-        with explicit_padding(self.device):  # also on the way back, where checkpointed parts are computed again
-            with autocast(self.device, self.precision):
-                outputs = self.forward(image)
-            loss: torch.Tensor = self.loss(outputs, label)
-            torch.autograd.backward(self.scaler.scale(loss))
+        losses = [self.add_gradients(image, label, number) for number in range(len(self.parts))]
+        loss = self.world.mean(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
         if self.config.on_nan_loss == "skip":
             # Under a loss scaler infinite gradients are its own affair: it leaves the step out and scales by less.
             told = loss if self.scaler.is_enabled() else loss + norm
-            self.is_left_out = not bool(torch.isfinite(told.detach()))
+            self.is_left_out = not bool(torch.isfinite(told))
         if self.is_left_out:
             for buffer, before in zip(self.model.buffers(), kept, strict=True):
                 buffer.copy_(before)
@@ -221,6 +249,18 @@ class Loop:
         self.scaler.update()
         if self.average is not None and not self.is_left_out:
             self.average.update(step)
+        return loss
+
+    def add_gradients(self, image: torch.Tensor, label: torch.Tensor, part: int) -> torch.Tensor:
+        """Add the gradients of a part of the batch, weighted by its share of it; returns its loss, so weighted."""
+        (own, share), is_last = self.parts[part], part == len(self.parts) - 1
+        # Padded also on the way back, where checkpointed parts are computed again
+        with explicit_padding(self.device), together(self.world.group), without_sync(self.network, is_last=is_last):
+            with autocast(self.device, self.precision):
+                outputs = self.forward(image[own])
+            loss: torch.Tensor = self.loss(outputs, label[own])
+            loss = loss if share == 1 else loss * share
+            torch.autograd.backward(self.scaler.scale(loss))
         return loss.detach()
 
     def note_loss(self, loss: torch.Tensor, journal: Journal) -> None:
@@ -318,9 +358,9 @@ class Loop:
     def validate_as_is(self, journal: Journal) -> bool:
         """`validate` with the weights that the model has."""
         started = time.monotonic()
-        result, kept = validate(
-            self.model, self.validation, self.plan.patch_size, self.labels, self.loss, self.window, keep=self.shown
-        )
+        settings = (self.plan.patch_size, self.labels, self.loss, self.window)
+        drawn = list(self.pictures.overlaid)
+        result, kept = validate(self.model, self.validation, *settings, keep=drawn, world=self.world)
         counters = self.counters
         # A slow validation may skip turns that are due by now: they are done by this one.
         counters.validations = max(counters.validations + 1, int(self.progress() * self.config.num_validations + 1e-9))
@@ -340,24 +380,11 @@ class Loop:
         journal.say(
             f"{counters.minutes:6.1f} min  step {counters.step:>6}  validation Dice {result.mean:.4f}  ({shown}){mark}"
         )
-        self.draw(journal, kept)
+        if self.world.is_main:
+            self.pictures.draw(journal, self.model, kept, counters.step)
         self.validated_at = time.monotonic()
         self.validation_seconds = self.validated_at - started
         return is_best
-
-    def draw(self, journal: Journal, kept: Mapping[str, np.ndarray]) -> None:
-        """Overlays of the fixed validation cases, for TensorBoard."""
-        for case in self.validation:
-            if case.case_id not in kept:
-                continue
-            figure = overlay_figure(
-                Volume(case.image.numpy(), case.grid),
-                reference=Volume(self.labels.to_values(case.label.numpy()), case.grid),
-                predicted=Volume(self.labels.to_values(kept[case.case_id]), case.grid),
-                labels=self.labels,
-                title=case.case_id,
-            )
-            journal.picture(f"validation/{case.case_id}", figure_to_array(figure), self.counters.step)
 
     def save(self) -> None:
         """Write the latest checkpoint, and keep the one before it.
@@ -368,5 +395,6 @@ class Loop:
         self.counters.loss_sum = float(self.recent)
         self.check_finite(self.counters.loss_sum)
         self.check_weights()
-        save_latest(self.run, self.model, self.optimizer, self.scaler, self.counters, self.average)
+        if self.world.is_main:
+            save_latest(self.run, self.model, self.optimizer, self.scaler, self.counters, self.average)
         self.saved_at = time.monotonic()

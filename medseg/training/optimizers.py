@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,17 @@ CPU_LR, OTHER_LR = 2e-3, 1e-3
 """Learning rates of AdamW where nobody sets one. docs/benchmarks/README.md has the trial of that
 on CPUs; the other is a usual one."""
 OPTIMIZERS: Registry[torch.optim.Optimizer] = Registry("optimizer", "medseg.training.optimizers")
+
+
+def learning_rate(settings: Mapping[str, Any], device: torch.device) -> float:
+    """The learning rate that an optimizer takes on a device, before the schedule.
+
+    Args:
+        settings: its name and fields.
+        device: of the weights.
+    """
+    optimizer = OPTIMIZERS.build(settings, parameters=[nn.Parameter(torch.zeros(1, device=device))])
+    return float(optimizer.param_groups[0]["lr"])
 
 
 def _check(lr: float | None, weight_decay: float) -> None:

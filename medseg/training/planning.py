@@ -66,7 +66,11 @@ def _plan(experiment: Experiment, found: Survey, machine: Machine) -> Plan:
     if given and config.num_stages is None:
         config = dataclasses.replace(config, num_stages=len(next(iter(given.values()))))
     if experiment.plan is None:
-        return with_model(make_plan(found, config, machine), given)
+        plan = make_plan(found, config, machine)
+        if config != experiment.data.plan:
+            why = f"as many stages as model.{next(iter(given))} has"
+            plan = dataclasses.replace(plan, reasons={**plan.reasons, "strides": why})
+        return with_model(plan, given)
     path = Path(experiment.plan)
     stated = read_plan(path)
     refuse_other_data(stated, found, where=f"plan={path.name}")

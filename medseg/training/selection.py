@@ -27,6 +27,7 @@ from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, write_label
 from medseg.formats.label_table import written_names
 from medseg.inference.averaging import decode_mean
+from medseg.inference.ensemble import planned_logits
 from medseg.inference.folder import label_name, write_predictions_table
 from medseg.inference.members import (
     ENSEMBLE_FILE,
@@ -303,7 +304,7 @@ def _predict_all(
                 image = load_image(cases[case_id], channels=info.channels, reading=reading)
                 reference = load_label_values(cases[case_id], image.grid, reading)
                 truth = info.labels.to_index(reference.array, where=case_id)
-                logits = [predictor.logits_of(image) for predictor in predictors]
+                logits = planned_logits(predictors, image)
                 for number, candidate in enumerate(candidates):
                     parts = [logits[i] for i in candidate.sources]
                     indices = decode_mean(parts, [1 / len(parts)] * len(parts), info.labels, image.grid)

@@ -19,9 +19,13 @@ class TrainingSignals:
     """While the block runs, the first stopping signal is only noted, and a second one acts as usual.
 
     Outside the main thread Python takes no signal handlers, and this does nothing.
+
+    Args:
+        once: whether a second one acts; not where torchrun passes on the Ctrl-C that every process got already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, once: bool = True) -> None:
+        self.once = once
         self.received: signal.Signals | None = None
         self._is_save_wanted = False
         self._previous: dict[signal.Signals, object] = {}
@@ -52,7 +56,8 @@ class TrainingSignals:
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore(STOPPING)
+        if self.once:
+            self._restore(STOPPING)
 
     def _note_save(self, number: int, frame: FrameType | None) -> None:
         self._is_save_wanted = True

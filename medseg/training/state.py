@@ -147,7 +147,7 @@ def _read_latest(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, An
     try:
         return path, *read_checkpoint(path), []
     except MedsegError as error:
-        if not previous.exists():
+        if not previous.exists() or error.code is Code.VERSION:
             raise
         try:
             tensors, metadata = read_checkpoint(previous)

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from medseg.bundle import FOLDS_FILE, BundleInfo, forget_manifest, load_bundle, write_manifest
-from medseg.data.cases import Case
+from medseg.bundle.manifest import made_now
+from medseg.data.cases import Case, DataFolder
 from medseg.data.splits import Split
 from medseg.data.store import Store
-from medseg.device import choose_device, deterministic
+from medseg.device import deterministic
 from medseg.inference.predictor import Predictor
 from medseg.inference.sliding_window import memory_format
 from medseg.program import command
+from medseg.registry import make_config
 from medseg.reports.crossvalidation import CrossValidation, print_crossvalidation, read_evaluation
-from medseg.reports.curves import save_curves
 from medseg.reports.evaluation import Evaluation
-from medseg.reports.html.run import write_run_report
 from medseg.reports.progress import counting_bar
 from medseg.reports.tables import print_evaluation
-from medseg.training.beginning import begin, go_on, open_store, prepare
+from medseg.training.beginning import begin, found_cases, go_on, open_store, prepare
 from medseg.training.card import device_in_words, write_card
+from medseg.training.distributed import World, is_follower, is_launched, joined, launch, remember
 from medseg.training.experiment import Experiment, without_places, write_config
 from medseg.training.folds import Folds, Sides, begin_folds, go_on_folds
 from medseg.training.initial import load_initial, seen_before
 from medseg.training.journal import HISTORY_FILE, Journal
 from medseg.training.loop import Loop
+from medseg.training.pictures import conclude_board
 from medseg.training.postprocessing import forget_postprocessing, postprocess_run
+from medseg.training.sides import with_sides
 from medseg.training.signals import save_signal_is_harmless
 from medseg.training.state import can_resume
-from medseg.training.validation import FINAL_FOLDER, final_validation
+from medseg.training.validation import FINAL_FOLDER, Watch, final_validation
 
 CROSSVALIDATION_FOLDER = "crossvalidation"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""Of the log in a run's folder, as in configs/train.yaml."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +68,68 @@ class TrainResult:
     evaluation: Evaluation | None
 
 
-def train(experiment: Experiment, run: Path, console: Console | None = None) -> TrainResult:
+def train(experiment: Experiment, run: Path, console: Console | None = None, watch: Watch | None = None) -> TrainResult:
     """Train a model.
 
     Args:
         experiment: everything that states the run.
         run: the folder that will hold everything about it; with `experiment.resume`, the run that goes on.
-        console: where the user reads.
+        console: where the user reads; processes that `trainer.devices` starts write to the terminal.
+        watch: told of each validation of a training in this process.
     Raises:
-        MedsegError: what the data, the configuration or the machine refuse; E_NAN_LOSS if the loss stops being finite.
+        MedsegError: what the data, the configuration or the machine refuse; E_NAN_LOSS if the loss stops being finite;
+            E_PROCESS if one of several processes ends.
     """
-    console = console or Console()
+    if experiment.trainer.devices > 1 and not is_launched():
+        result: TrainResult = launch(_as_one_of_several, experiment.trainer.devices, experiment, run)
+        return result
     run.mkdir(parents=True, exist_ok=True)
+    remember(run)
+    with joined() as world:
+        return _train_in(world, experiment, run, console or Console(), watch)
+
+
+def follow() -> None:
+    """What the processes beside the main one do: the same, from what it has settled, without what it writes."""
+    with joined() as world:
+        values, run = world.told(None)
+        experiment = dataclasses.replace(make_config(Experiment, values, where=""), resume=run)
+        _train_in(world, experiment, Path(run), Console(quiet=True))
+
+
+def log_to(run: Path) -> None:
+    """Have this process log into a run's folder, where nobody else has arranged it."""
+    run.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=run / "train.log", level=logging.INFO, format=LOG_FORMAT)
+
+
+def _as_one_of_several(experiment: Experiment, run: Path) -> TrainResult | None:
+    if is_follower():
+        follow()
+        return None
+    log_to(run)
+    return train(experiment, run)
+
+
+def _train_in(
+    world: World, experiment: Experiment, run: Path, console: Console, watch: Watch | None = None
+) -> TrainResult:
     with save_signal_is_harmless(), deterministic(experiment.trainer.deterministic):
-        result = _train(experiment, run, console)
-    write_manifest(_whole(run))
+        result = _train(experiment, run, console, world, watch)
+    if world.is_main:
+        from medseg.diagnosis import diagnose  # decoders and packages, which a training begins without
+
+        whole = _whole(run)
+        checks = diagnose(whole.parent, experiment.trainer.device).record()["checks"]
+        write_manifest(whole, made={**made_now(), "checks": checks})
     return result
+
+
+def _tell(world: World, experiment: Experiment, run: Path, device: torch.device) -> None:
+    """Everything that the others read stands on the disk: they begin now."""
+    if world.is_main:
+        world.told([dataclasses.asdict(experiment), str(run.absolute())])
+    world.compute_on(device)
 
 
 def _whole(run: Path) -> Path:
@@ -82,21 +137,25 @@ def _whole(run: Path) -> Path:
     return run.parent if (run.parent / FOLDS_FILE).is_file() else run
 
 
-def _train(experiment: Experiment, run: Path, console: Console) -> TrainResult:
+def _train(experiment: Experiment, run: Path, console: Console, world: World, watch: Watch | None) -> TrainResult:
     """One fold or several, begun or gone on with."""
-    device = choose_device(experiment.trainer.device)
+    device = world.device(experiment.trainer.device)
+    folder = None
     if experiment.resume is None:
         forget_manifest(_whole(run))
+        folder = found_cases(experiment.data, console)
+        experiment = with_sides(experiment, folder, console)
         write_config(experiment, run)
     store = open_store(experiment.data, run)
     if experiment.folds is not None:
-        return _train_folds(experiment, run, device, console, store)
-    if experiment.resume is None:
-        cases, split, info = begin(experiment, run, device, console, store)
+        return _train_folds(experiment, run, device, console, store, folder, world)
+    if folder is not None:
+        cases, split, info = begin(experiment, run, device, console, store, folder)
     else:
-        cases, split, info = go_on(experiment, run, console)
+        cases, split, info = go_on(experiment, run, console, store if world.is_main else None)
+    _tell(world, experiment, run, device)
     prepared = partial(prepare, experiment, info, cases, console=console, store=store)
-    result = _train_fold(experiment, run, info, cases, split, prepared, device, console)
+    result = _train_fold(experiment, run, info, cases, split, prepared, device, console, world, watch)
     if (run.parent / FOLDS_FILE).is_file():
         again = command("train", f"resume={run.parent}")
         said = f"what all folds say together is older now; make it anew by: {again}"
@@ -105,13 +164,20 @@ def _train(experiment: Experiment, run: Path, console: Console) -> TrainResult:
 
 
 def _train_folds(
-    experiment: Experiment, run: Path, device: torch.device, console: Console, store: Store
+    experiment: Experiment,
+    run: Path,
+    device: torch.device,
+    console: Console,
+    store: Store,
+    folder: DataFolder | None,
+    world: World,
 ) -> TrainResult:
     """The folds one after the other, with one plan and one preparation, and their cross-validation."""
-    if experiment.resume is None:
-        folds = begin_folds(experiment, run, device, console, store)
+    if folder is not None:
+        folds = begin_folds(experiment, run, device, console, store, folder)
     else:
-        folds = go_on_folds(experiment, run, console)
+        folds = go_on_folds(experiment, run, console, store if world.is_main else None)
+    _tell(world, experiment, run, device)
     preparation = folds.preparation(experiment, console, store)
     try:
         for place, fold in enumerate(folds.members, start=1):
@@ -121,14 +187,18 @@ def _train_folds(
                 said = f"done before, and left as it is; a larger budget reaches it by: {alone}"
                 console.print(said, highlight=False, soft_wrap=True, markup=False)
                 continue
-            _train_fold(fold.experiment, fold.run, folds.info, folds.cases, fold.split, preparation, device, console)
-            folds.finish(fold)
+            settled = (fold.experiment, fold.run, folds.info, folds.cases, fold.split)
+            _train_fold(*settled, preparation, device, console, world)
+            if world.is_main:
+                folds.finish(fold)
     except (KeyboardInterrupt, SystemExit):
         again = command("train", f"resume={run}")
         console.print(f"go on with this fold and the next ones: {again}", highlight=False, soft_wrap=True, markup=False)
         raise
+    if not world.is_main:
+        return TrainResult(run, -1.0, 0, 0.0, None)
     forget_manifest(run)  # also where no fold was left to train
-    return conclude_folds(experiment, folds, console)
+    return conclude_folds(experiment, folds, device, console)
 
 
 def _train_fold(
@@ -140,6 +210,8 @@ def _train_fold(
     preparation: Sides,
     device: torch.device,
     console: Console,
+    world: World,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """One training from the fresh network to the final validation."""
     torch.manual_seed(experiment.seed)
@@ -149,16 +221,25 @@ def _train_fold(
         initial = Path(experiment.trainer.initial)
         for line in load_initial(model, info, initial) + seen_before(initial, split, experiment.data.root):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-    training, validation = preparation(split)
+    model, notes = world.with_whole_batches(model, device)
+    for line in notes:
+        console.print(line, highlight=False, soft_wrap=True)
+    training, validation = world.main_first(lambda: preparation(split))
 
-    loop = Loop(experiment, run, info, model, training, validation, device)
-    forget_manifest(_whole(run))  # nothing is refused any more, and its files change from here on
+    loop = Loop(experiment, run, info, model, training, validation, device, world)
+    loop.watch = watch
+    if world.is_main:
+        forget_manifest(_whole(run))  # nothing is refused any more, and its files change from here on
     counters = loop.counters
-    with Journal(run, console, loop.columns(), from_step=counters.step, validates=counters.is_validating) as journal:
+    since = counters.step
+    with (
+        nullcontext(str(run)) if world.is_main else TemporaryDirectory() as folder,  # the others' diary nobody reads
+        Journal(Path(folder), console, loop.columns(), from_step=since, validates=counters.is_validating) as journal,
+    ):
         journal.settings("configuration", without_places(experiment)[0])
         journal.settings("plan", info.plan.to_json())
         loop.run_to_the_end(journal)
-    return conclude(experiment, run, loop, info, cases, split, console)
+    return conclude(experiment, run, loop, info, cases, split, console, world)
 
 
 def describe(console: Console, run: Path, info: BundleInfo, model: nn.Module, device: torch.device) -> None:
@@ -186,25 +267,36 @@ def conclude(
     cases: Mapping[str, Case],
     split: Split,
     console: Console,
+    world: World,
 ) -> TrainResult:
     """Curves, the final validation with the best weights on the scans' own grids, the card, where everything lies."""
-    save_curves(run / "curves.png", run / HISTORY_FILE)
-    forget_postprocessing(run)
+    if world.is_main:
+        from medseg.reports.curves import save_curves  # matplotlib: the first step need not wait for it
+
+        save_curves(run / "curves.png", run / HISTORY_FILE)
+        forget_postprocessing(run)
     validation = [cases[i] for i in split.val]
     evaluation = None
     if experiment.trainer.final_predictions:
         predictor = Predictor(load_bundle(run, device=loop.device), loop.window)
         with counting_bar(console, "final validation") as progress:
-            evaluation = final_validation(run, predictor, validation, loop.labels, experiment.data.reading, progress)
+            reading = experiment.data.reading
+            evaluation = final_validation(run, predictor, validation, loop.labels, reading, progress, world)
+    counters = loop.counters
+    if not world.is_main:
+        return TrainResult(run, counters.best_dice, counters.step, counters.minutes, None)
+    if evaluation is not None:
         print_evaluation(evaluation, console)
         if experiment.trainer.postprocess == "auto":
             by_id = {case.case_id: case for case in validation}
             postprocess_run(run, [run / FINAL_FOLDER], by_id, loop.labels, console, reading=experiment.data.reading)
-    counters = loop.counters
-    device = device_in_words(loop.device, loop.precision)
-    write_card(experiment, run, info, [("", split, counters)], evaluation, device=device)
+    conclude_board(run, experiment, info, loop.pictures, evaluation, best_dice=counters.best_dice, console=console)
+    write_card(experiment, run, info, [("", split, counters)], evaluation, device=loop.device)
     page = ""
     if experiment.trainer.report:
+        from medseg.reports.html.run import write_run_report
+
+        device = device_in_words(loop.device, loop.precision)
         report = write_run_report(run, {"": run}, evaluation, {"device": device, "seed": experiment.seed})
         page = f"\nreport: {report}"
     console.print(
@@ -218,7 +310,7 @@ def conclude(
     return TrainResult(run, counters.best_dice, counters.step, counters.minutes, evaluation)
 
 
-def conclude_folds(experiment: Experiment, folds: Folds, console: Console) -> TrainResult:
+def conclude_folds(experiment: Experiment, folds: Folds, device: torch.device, console: Console) -> TrainResult:
     """The cross-validation of all folds, their post-processing and card, and where everything lies."""
     run, labels, members = folds.run, folds.info.labels, folds.members
     done = [folds.finished[fold.number] for fold in members]
@@ -235,11 +327,14 @@ def conclude_folds(experiment: Experiment, folds: Folds, console: Console) -> Tr
             predicted = [fold.run / FINAL_FOLDER for fold in members]
             postprocess_run(run, predicted, by_id, labels, console, reading=experiment.data.reading)
     trainings = [(f"fold {f.number}", f.split, counters) for f, counters in zip(members, done, strict=True)]
-    write_card(experiment, run, folds.info, trainings, crossvalidation, survey=members[0].run)
+    write_card(experiment, run, folds.info, trainings, crossvalidation, device=device, survey=members[0].run)
     page = ""
     if experiment.trainer.report:
+        from medseg.reports.html.run import write_run_report
+
         folders = {f"fold {fold.number}": fold.run for fold in members}
-        page = f"\nreport: {write_run_report(run, folders, crossvalidation, {'seed': experiment.seed})}"
+        facts = {"device": device_in_words(device, experiment.trainer.precision), "seed": experiment.seed}
+        page = f"\nreport: {write_run_report(run, folders, crossvalidation, facts)}"
     minutes, steps = sum(c.minutes for c in done), sum(c.step for c in done)
     mean_dice = sum(c.best_dice for c in done) / len(done)
     console.print(

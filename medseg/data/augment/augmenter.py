@@ -61,23 +61,28 @@ class Augmenter:
         """
         return cut_size(self.mover.moves(Draws(self.seed, step), batch_size), self.patch_size)
 
-    def __call__(self, image: torch.Tensor, label: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, image: torch.Tensor, label: torch.Tensor, step: int, indices: range | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Augment a batch. Mirroring comes first, in the same copy: what follows does not care for directions.
 
         Args:
             image: float32 (N, C, *L), on the device; L is `cut_size` or P.
             label: class indices below 256 (N, *L), on the same device.
             step: which batch this is.
+            indices: which samples of the batch these are (`PatchSampler.indices`): they get what they would get within
+                the whole batch, but for the voxels of noise; None: all.
         Returns:
             New tensors (N, C, *P) and (N, *P).
         """
         draws = Draws(self.seed, step)
-        moves = self.mover.moves(draws, image.shape[0])
+        indices = range(image.shape[0]) if indices is None else indices
+        moves = self.mover.moves(draws, indices.stop)[indices.start :: indices.step]
         image, label = place(image, label, moves, self.patch_size, reflect=self.is_picture)
         for index, move in enumerate(moves):
             if self.mirroring.swaps(move.flips):
                 self._swap(label[index])
-        vary(image, self.config, draws, self.thick_axis)
+        vary(image, self.config, draws, self.thick_axis, indices)
         return image, label
 
     def _swap(self, label: torch.Tensor) -> None:

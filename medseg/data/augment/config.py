@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from medseg.errors import Code, MedsegError
 
@@ -52,9 +53,9 @@ class AugmentConfig:
     """Range of the exponent."""
     mirror_axes: tuple[int, ...] | None = None
     """Axes that are mirrored with probability ½ each; null: all in pictures whose classes have no sides, else none."""
-    swap: dict[str, str] | None = None
-    """Classes that change places when left and right are mirrored, {kidney_left: kidney_right}; null: those that their
-    names tell; {}: none."""
+    swap: dict[str, str] | Literal["auto"] | None = None
+    """Classes that change places when left and right are mirrored, {kidney_left: kidney_right}; {}: none; auto: those
+    that their names tell; null: these too, but a training that begins at a terminal asks first."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

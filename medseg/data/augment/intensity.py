@@ -20,7 +20,9 @@ TINY = 1e-7
 """Smallest range or deviation that is divided by."""
 
 
-def vary(image: torch.Tensor, config: AugmentConfig, draws: Draws, thick_axis: int | None) -> None:
+def vary(
+    image: torch.Tensor, config: AugmentConfig, draws: Draws, thick_axis: int | None, indices: range | None = None
+) -> None:
     """Vary the intensities of a batch, in nnU-Net's order.
 
     Args:
@@ -28,8 +30,10 @@ def vary(image: torch.Tensor, config: AugmentConfig, draws: Draws, thick_axis: i
         config: how often and how far.
         draws: of the step, after the moves.
         thick_axis: the axis along which slices are thick: low resolution leaves it alone.
+        indices: which samples of the whole batch these are; None: all.
     """
-    size = tuple(image.shape[:2])
+    indices = range(image.shape[0]) if indices is None else indices
+    size = (indices.stop, image.shape[1])  # all are drawn, whoever has them
     batch, dims = (size[0],), image.ndim - 2
 
     def rows(per_sample: torch.Tensor) -> torch.Tensor:
@@ -53,9 +57,12 @@ def vary(image: torch.Tensor, config: AugmentConfig, draws: Draws, thick_axis: i
     gamma = draws.factor(size, config.gamma)
 
     single = torch.stack([noise, brightness, contrast, inverted_gamma, gamma], dim=2)
-    table = upload(torch.cat([single, sigma], dim=2).flatten(0, 1), image.device)
-    x = image.flatten(0, 1)
-    _change(x, noisy, table[:, 0], lambda r, p: add_noise(r, p, noise_seed))
+    own = slice(indices.start, None, indices.step)
+    table = upload(torch.cat([single, sigma], dim=2)[own].flatten(0, 1), image.device)
+    x, resolution = image.flatten(0, 1), resolution[own]
+    choices = (noisy, blurred, brighter, stretched, coarse, inverted, curved)
+    noisy, blurred, brighter, stretched, coarse, inverted, curved = (chosen[own] for chosen in choices)
+    _change(x, noisy, table[:, 0], lambda r, p: add_noise(r, p, noise_seed + indices.start))
     radius = max(1, math.ceil(3 * config.blur[1]))
     _change(x, blurred, table[:, 5:], lambda r, p: blur(r, p, radius))
     _change(x, brighter, table[:, 1], brighten)

@@ -126,7 +126,7 @@ def swapped_classes(config: AugmentConfig, names: Sequence[str]) -> dict[str, st
     Raises:
         MedsegError: E_CONFIG if the user's table names an unknown class, the background, or a class twice.
     """
-    if config.swap is None:
+    if config.swap is None or config.swap == "auto":
         return _pairs(names[1:])
     named = [*config.swap.keys(), *config.swap.values()]
     wrong = [name for name in named if name not in names[1:]] or [n for n in named if named.count(n) > 1]
@@ -142,8 +142,17 @@ def swapped_classes(config: AugmentConfig, names: Sequence[str]) -> dict[str, st
     return dict(config.swap)
 
 
-def side_lines(names: Sequence[str], mirroring: Mirroring, swap: Mapping[str, str]) -> list[str]:
-    """What a run says about sides when it begins; nothing where no class has one."""
+def side_lines(
+    names: Sequence[str], mirroring: Mirroring, swap: Mapping[str, str], *, assumed: bool = False
+) -> list[str]:
+    """What a run says about sides when it begins; nothing where no class has one.
+
+    Args:
+        names: of all classes, the background first.
+        mirroring: what training mirrors.
+        swap: classes that change places then.
+        assumed: the names alone told them, and nobody agreed: how to say otherwise is told too.
+    """
     alone = [name for name in names[1:] if _side(name) and name not in (*swap.keys(), *swap.values())]
     if not swap and not alone:
         return []
@@ -151,7 +160,9 @@ def side_lines(names: Sequence[str], mirroring: Mirroring, swap: Mapping[str, st
     said = "change places where mirrored" if across else "left and right are not mirrored"
     lines = []
     if swap:
-        lines.append(f"sides      {', '.join(f'{a} ↔ {b}' for a, b in swap.items())} ({said}; augment.swap)")
+        key = "by their names; other pairs: augment.swap={left: right}, none: augment.swap={}"
+        found = ", ".join(f"{a} ↔ {b}" for a, b in swap.items())
+        lines.append(f"sides      {found} ({said}; {key if assumed else 'augment.swap'})")
     if alone and across:
         lines.append(f"note       mirrored, but without a class for the other side: {', '.join(alone)} (augment.swap)")
     return lines

@@ -68,7 +68,7 @@ def _orientation(survey: Survey, config: PlanConfig, *, slices: bool, crop: bool
     if config.orientation is not None:
         return _checked(config.orientation, reasons)
     usual = MODEL_ORIENTATION
-    reasons["orientation"] = "axes run to the superior, posterior and left"
+    reasons["orientation"] = "medseg's axes run to the superior, posterior and left"
     if config.preset == "auto" and not slices:
         return usual
     if config.preset != "auto":

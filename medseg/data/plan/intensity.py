@@ -59,6 +59,8 @@ def plan_normalisation(
                 expected=f"one name for all, or {len(names)}",
                 got=given,
             )
+    if "ct" not in schemes:
+        reasons["intensity"] += "; only the normalisation ct uses them"
     return schemes, intensity
 
 

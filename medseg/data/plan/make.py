@@ -15,11 +15,13 @@ from medseg.data.nnunet_plan import LOWRES_SHARE, FloatArray, NetworkPlan, lower
 from medseg.data.plan.axes import Seen, see
 from medseg.data.plan.intensity import plan_crop, plan_normalisation
 from medseg.data.plan.memory import GIB, SPARE, device_bytes
-from medseg.data.plan.network import BASE_WIDTH, Machine, Planner, times
+from medseg.data.plan.network import BASE_WIDTH, IN_WORDS, Machine, Planner, times
 from medseg.data.plan.schema import Configuration, Plan, PlanConfig
 from medseg.errors import Code, MedsegError
 
 DEFAULT_MODEL = {"name": "unet"}
+TOO_MUCH = "MORE than"
+"""In the reason of `memory_gb`, where a training step is estimated to take more than it should."""
 
 
 def make_plan(survey: Survey, config: PlanConfig, machine: Machine) -> Plan:
@@ -81,12 +83,20 @@ def make_plan(survey: Survey, config: PlanConfig, machine: Machine) -> Plan:
 def with_memory(plan: Plan, machine: Machine) -> Plan:
     """The same plan with the memory that its training steps are estimated to take."""
     needed = machine.needs(plan.patch_size, plan.widths, plan.kernels, plan.strides, plan.batch_size)
-    why = f"estimated for a training step of {machine.settings['name']} in {machine.precision} on {machine.device}"
+    why = f"estimated for a training step of {machine.settings['name']} in {machine.precision}"
+    why += f" on {IN_WORDS[machine.device]}"
     if needed > machine.budget:
-        why += f": MORE than the {machine.budget / GIB:.1f} GiB that it should take at most"
+        why += f": {TOO_MUCH} the {machine.budget / GIB:.1f} GiB that it should take at most"
     else:
         why += f", which may take {machine.budget / GIB:.1f} GiB"
+    if machine.budget_is:
+        why += f" ({machine.budget_is})"
     return replace(plan, memory_gb=round(needed / GIB, 2), reasons={**plan.reasons, "memory_gb": why})
+
+
+def takes_too_much(plan: Plan) -> bool:
+    """Whether a training step is estimated to take more memory than it should: values that were set are believed."""
+    return TOO_MUCH in plan.reasons["memory_gb"]
 
 
 def _low(seen: Seen, full: NetworkPlan, planner: Planner) -> tuple[NetworkPlan, dict[str, str]]:
@@ -137,13 +147,15 @@ def machine_for(
     stated = config.memory_gb is not None
     memory = GIB * config.memory_gb if config.memory_gb is not None else device_bytes(device)
     budget = memory * (SPARE["cuda"] if stated else SPARE[device])
-    return Machine(device, precision, budget, model, survey.num_channels, survey.labels.num_outputs)
+    owner = "data.plan.memory_gb" if stated else {"cuda": "the GPU's memory", "cpu": "the memory that is free"}[device]
+    share = f"{budget / memory:.0%} of {owner}" if memory else ""
+    return Machine(device, precision, budget, model, survey.num_channels, survey.labels.num_outputs, share)
 
 
 def _kind(survey: Survey, config: PlanConfig, reasons: dict[str, str]) -> Configuration:
     """Full resolution, low resolution or slices."""
     if survey.spatial_dims == 2:
-        reasons["configuration"] = "pictures are seen whole, at the resolution they have"
+        reasons["configuration"] = "pictures are taken at the resolution they have"
         if config.configuration == "lowres":
             raise MedsegError(
                 Code.CONFIG,

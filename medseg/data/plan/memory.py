@@ -14,6 +14,7 @@ import torch
 from medseg.data.memory import available_bytes
 from medseg.data.plan.schema import Axes
 from medseg.models import MODELS
+from medseg.models.shapes import ShapesOnly
 
 GIB = 2**30
 OPTIMIZER_BYTES = 28
@@ -70,7 +71,7 @@ def step_cost(
     num_outputs: int,
     patch_size: tuple[int, ...],
 ) -> StepCost:
-    """Count what a training step of a network holds, by a pass that computes nothing (torch's meta device).
+    """Count what a training step of a network holds, by a pass that computes nothing (`ShapesOnly`).
 
     Args:
         settings: name and complete settings of the network.
@@ -84,7 +85,7 @@ def step_cost(
 @lru_cache(maxsize=32)
 def _counted(settings: str, in_channels: int, num_outputs: int, patch_size: tuple[int, ...]) -> StepCost:
     """As `step_cost`; a planner asks for the same network more than once."""
-    with torch.device("meta"):
+    with ShapesOnly():
         model = MODELS.build(
             json.loads(settings), in_channels=in_channels, num_classes=num_outputs, spatial_dims=len(patch_size)
         ).train()
@@ -99,7 +100,7 @@ def _counted(settings: str, in_channels: int, num_outputs: int, patch_size: tupl
             saved[storage] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with ShapesOnly(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = model(patch)
     sizes = [tensor.untyped_storage().nbytes() // tensor.element_size() // 2 for tensor in saved.values()]
     heads = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)

@@ -33,6 +33,8 @@ BATCH_VOXELS = {"cuda": {2: 12 * 512**2, 3: 2 * 128**3}, "cpu": {2: 4 * 192**2, 
 """Most voxels of a batch by device and dimensions, where two patches are fewer."""
 BASE_WIDTH = {"cuda": 32, "cpu": 16}
 """Filters of the first stage: on a CPU, more steps with fewer filters reach a given Dice sooner."""
+IN_WORDS = {"cuda": "a GPU", "cpu": "a CPU"}
+"""Devices, for people."""
 SMALLEST_PATCH = 16
 """Voxels along an edge below which no patch is shrunk to fit the memory."""
 
@@ -50,6 +52,8 @@ class Machine:
     """Name and settings of the model."""
     in_channels: int
     num_outputs: int
+    budget_is: str = ""
+    """What the budget was taken from, in words."""
 
     def cost(self, patch: Axes, widths: Axes, kernels: tuple[Axes, ...], strides: tuple[Axes, ...]) -> StepCost:
         """What a training step of a network with these stages holds."""
@@ -105,6 +109,9 @@ class Planner:
         if self.config.batch_size is not None:
             net = replace(net, batch_size=self.config.batch_size)
             reasons["batch_size"] = "set by data.plan.batch_size"
+        if self.slices:
+            for name in ("kernels", "strides"):
+                reasons[name] += "; slice by slice: 1 along the first axis"
         return net, reasons
 
     def _nnunets(
@@ -139,7 +146,7 @@ class Planner:
         width = config.base_width or BASE_WIDTH[device]
         voxels: float = PATCH_VOXELS[device][dims]
         batch_size = config.batch_size or MIN_BATCH
-        limit = f"a patch on {device} holds at most {voxels} voxels"
+        limit = f"a patch on {IN_WORDS[device]} holds about {voxels} voxels at most"
         while True:
             patch = config.patch_size or self._patch(spacing_mm, median, voxels)
             net, reasons = self._with_depth(spacing_mm, patch, width)
@@ -162,15 +169,17 @@ class Planner:
         if config.patch_size is None:
             divisor = np.prod(np.array(net.strides), axis=0)
             whole = bool((np.array(patch[-dims:]) >= np.floor(median)).all())
-            reasons["patch_size"] = f"{_why_median(median)}{', which a patch holds whole' if whole else f', {limit}'}"
+            reasons["patch_size"] = f"{_why_median(median)}{', which a patch holds whole' if whole else f'; {limit}'}"
             if net.patch_size != patch:
                 reasons["patch_size"] += f", padded to a multiple of {times(divisor)} (the poolings)"
         room = (machine.budget - machine.bytes_of(cost, 0)) / max(1.0, needed - machine.bytes_of(cost, 0)) * batch_size
         wanted = round(BATCH_VOXELS[device][dims] / math.prod(net.patch_size))
-        reasons["batch_size"] = f"about {BATCH_VOXELS[device][dims]} voxels a step on {device}, at least {MIN_BATCH}"
+        reasons["batch_size"] = (
+            f"about {BATCH_VOXELS[device][dims]} voxels a step on {IN_WORDS[device]}, at least {MIN_BATCH} patches"
+        )
         if wanted > room > MIN_BATCH:
             reasons["batch_size"] = f"more would not fit into {machine.budget / GIB:.1f} GiB"
-        reasons["widths"] += "" if config.base_width else f"; {width} because this is a {device}"
+        reasons["widths"] += "" if config.base_width else f"; {width} because this is {IN_WORDS[device]}"
         net = replace(net, batch_size=max(MIN_BATCH, min(wanted, int(room))), median_shape=tuple(map(float, median)))
         return net, reasons
 

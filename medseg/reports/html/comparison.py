@@ -9,7 +9,7 @@ from pathlib import Path
 from medseg.data.cases import load_image
 from medseg.data.inputs import find_inputs
 from medseg.data.layouts import Case
-from medseg.formats import open_label
+from medseg.formats import STRICT, Reading, open_label
 from medseg.reports.evaluation import Evaluation
 from medseg.reports.html.page import REPORT_FILE, Remark, Report, write_report
 from medseg.reports.html.pictures import CaseFiles, draw_extremes
@@ -26,6 +26,7 @@ def write_evaluation_report(
     *,
     images: Path | None = None,
     missing: MissingPolicy = "error",
+    reading: Reading = STRICT,
 ) -> Path:
     """Write the report of an evaluation.
 
@@ -36,6 +37,7 @@ def write_evaluation_report(
         reference: against what.
         images: the scans, with the same case names; without them pictures show masks only.
         missing: what a reference without a prediction was taken as.
+        reading: what was asked of the readers beyond their strict defaults.
     Returns:
         The page.
     Raises:
@@ -43,8 +45,8 @@ def write_evaluation_report(
     """
     pairs = {pair.case: pair for pair in match_pairs(predicted, reference, missing=missing)}
     everything = match_pairs(predicted, reference, missing="count")
-    scans = _scans(images, list(pairs))
-    pictures, problems = draw_extremes(evaluation, _opener(pairs, scans))
+    scans = _scans(images, list(pairs), reading)
+    pictures, problems = draw_extremes(evaluation, _opener(pairs, scans, reading))
     remarks = _remarks(predicted, [pair.case for pair in everything if pair.predicted is None], missing)
     remarks += [Remark("warning", f"no picture: {error.code} {error.message}", [c]) for c, error in problems.items()]
     names = ", ".join(evaluation.labels.foreground)
@@ -65,23 +67,23 @@ def write_evaluation_report(
     return path
 
 
-def _scans(images: Path | None, cases: Sequence[str]) -> dict[str, Case]:
+def _scans(images: Path | None, cases: Sequence[str], reading: Reading) -> dict[str, Case]:
     """Case id → its scan; a single scan belongs to a single case whatever they are called."""
     if images is None:
         return {}
-    found = find_inputs([images])
+    found = find_inputs([images], reading=reading)
     if len(found) == len(cases) == 1:
         return {cases[0]: found[0]}
     return {case.case_id: case for case in found}
 
 
-def _opener(pairs: dict[str, Pair], scans: dict[str, Case]) -> Callable[[str], CaseFiles]:
+def _opener(pairs: dict[str, Pair], scans: dict[str, Case], reading: Reading) -> Callable[[str], CaseFiles]:
     def open_case(case: str) -> CaseFiles:
         pair, scan = pairs[case], scans.get(case)
         return CaseFiles(
-            None if scan is None else load_image(scan),
-            open_label(pair.reference),
-            None if pair.predicted is None else open_label(pair.predicted),
+            None if scan is None else load_image(scan, reading=reading),
+            open_label(pair.reference, reading),
+            None if pair.predicted is None else open_label(pair.predicted, reading),
         )
 
     return open_case

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from medseg.metrics.calibration import Calibration
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric
 from medseg.reports.confidence import volume_agreements
@@ -129,7 +130,7 @@ def distribution_figure(evaluation: Evaluation, metric: Metric) -> Figure:
     ax.set_yticks(range(len(names)), names, parse_math=False)
     ax.set_ylim(len(names) - 0.5, -0.5)
     if metric.dimension == "ratio" and metric.better:
-        ax.set_xlim(-0.02, 1.02)
+        ax.set_xlim(_start_of_shares(evaluation, metric) - 0.02, 1.02)
     elif end is not None:
         ax.set_xlim(0, end * (1 + _MISSED_WIDTH))
         ax.axvspan(end, end * (1 + _MISSED_WIDTH), facecolor=FAINT, alpha=0.45, linewidth=0)
@@ -143,6 +144,12 @@ def distribution_figure(evaluation: Evaluation, metric: Metric) -> Figure:
     _quieten(ax, "x")
     ax.tick_params(axis="y", length=0)
     return figure
+
+
+def _start_of_shares(evaluation: Evaluation, metric: Metric) -> float:
+    """Where the axis of a share begins: below the lowest value, so that what differs can be seen; at most at 0.8."""
+    values = [value for row in evaluation.rows if not math.isnan(value := row.values[metric.name])]
+    return min(0.8, max(0.0, math.floor(10 * min(values, default=0.0) - 0.3) / 10))
 
 
 def _end_of_distances(evaluation: Evaluation, metric: Metric) -> float | None:
@@ -210,6 +217,34 @@ def agreement_figure(evaluation: Evaluation, metric: Metric) -> tuple[Figure, li
         if place >= len(shown) - columns:
             ax.set_xlabel(f"mean of both ({unit})", fontsize=8)
     return figure, [name for name in agreements if name not in shown]
+
+
+def reliability_figure(bins: Mapping[str, Calibration]) -> Figure:
+    """Accuracy over confidence, a panel for each set of voxels; below it how many voxels are that confident.
+
+    Args:
+        bins: heading → its voxels by confidence.
+    Source:
+        Guo et al., ICML 2017, figure 1.
+    """
+    figure = Figure(figsize=(3.3 * len(bins) + 0.3, 3.4), layout="constrained")
+    panels = figure.subplots(2, len(bins), squeeze=False, sharex=True, height_ratios=(3, 1))
+    for (title, one), (above, below) in zip(bins.items(), panels.T, strict=True):
+        edges = np.linspace(0, 1, len(one.counts) + 1)
+        some = one.counts > 0
+        above.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8)
+        above.plot(one.confidence[some], one.accuracy[some], color=INK, linewidth=1, marker="o", markersize=4)
+        above.set_ylim(-0.02, 1.02)
+        above.set_title(title, fontsize=9, loc="left", fontweight="bold")
+        below.bar(edges[:-1], one.counts, np.diff(edges), align="edge", color=FAINT, edgecolor=QUIET, linewidth=0.4)
+        below.set_yscale("log")
+        below.set_xlim(0, 1)
+        below.set_xlabel("confidence", fontsize=8)
+        for ax in (above, below):
+            _quieten(ax, "y")
+    panels[0, 0].set_ylabel("accuracy", fontsize=8)
+    panels[1, 0].set_ylabel("voxels", fontsize=8)
+    return figure
 
 
 def rows_by_class(evaluation: Evaluation) -> Mapping[str, list[Row]]:

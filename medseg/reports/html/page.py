@@ -20,13 +20,16 @@ import medseg
 from medseg.formats.atomic import whole_file
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric
+from medseg.reports.calibrated import SOURCE, pooled
 from medseg.reports.confidence import few
 from medseg.reports.curves import Curve, curves_figure
-from medseg.reports.evaluation import EMPTY_MASKS, FOREGROUND, Evaluation
-from medseg.reports.html.figures import agreement_figure, distribution_figure, drawing, to_svg
+from medseg.reports.evaluation import FOREGROUND, Evaluation
+from medseg.reports.evaluation_files import EMPTY_MASKS
+from medseg.reports.html.figures import agreement_figure, distribution_figure, drawing, reliability_figure, to_svg
 from medseg.reports.html.pictures import Picture
 from medseg.reports.html.tables import cases_table, classes_table, rows_table, shown_metrics, tiles, volumes_table
 from medseg.reports.model_card import DISCLAIMER
+from medseg.reports.tables import calibration_line
 from medseg.statistics import LEVEL
 from medseg.volume import WORLD_FRAME
 
@@ -151,6 +154,7 @@ def _measured(report: Report, evaluation: Evaluation) -> dict[str, object]:
             (m, to_svg(distribution_figure(evaluation, m), m.name.replace("_", ""), f"{m.title} per class", cases))
             for m in drawn
         ],
+        "calibration": _calibration(evaluation) if evaluation.calibrations else None,
         "number_of": numbers,
         "is_volume": evaluation.frame == WORLD_FRAME,
         "definitions": [(m, m.column(evaluation.frame), _definition(m)) for m in shown_metrics(evaluation)],
@@ -158,6 +162,13 @@ def _measured(report: Report, evaluation: Evaluation) -> dict[str, object]:
         "empty_masks": EMPTY_MASKS,
         "drawn_by": "patients" if evaluation.patients else "cases",
     }
+
+
+def _calibration(evaluation: Evaluation) -> tuple[str, str, Markup]:
+    """What it comes to, what it is, and the reliability diagram over the voxels of all cases."""
+    panels = {"the scan": False, "near the structures": True}
+    bins = {title: pooled(evaluation.calibrations, near=near) for title, near in panels.items()}
+    return calibration_line(evaluation), SOURCE, to_svg(reliability_figure(bins), "calibration", "reliability diagram")
 
 
 def _length_unit(evaluation: Evaluation) -> str:

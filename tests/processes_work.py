@@ -1,0 +1,111 @@
+"""What the processes of tests/test_distributed.py do: it must be importable where they start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from medseg.data.augment import AugmentConfig, Augmenter, Mirroring
+from medseg.labels import Labels
+from medseg.losses.choice import build_loss
+from medseg.losses.deep_supervision import DeepSupervision
+from medseg.losses.processes import together
+from medseg.training.distributed import World, joined, without_sync
+
+CLASSES = Labels(("background", "a", "b"), ((0,), (1,), (2,)))
+IGNORING = Labels(("background", "a", "b"), ((0,), (1,), (2,)), ignore=(3,))
+REGIONS = Labels(("background", "edge", "core"), ((0,), (1,), (2,)), ((1, 2), (2,)), ("whole", "core"))
+LOSSES: tuple[tuple[str, dict[str, Any], Labels], ...] = (
+    ("Dice over the batch", {"name": "dice_ce"}, CLASSES),
+    ("Dice over samples", {"name": "dice_ce", "batch_dice": False}, CLASSES),
+    ("class weights", {"name": "dice_ce", "class_weights": [0.2, 1.0, 3.0]}, CLASSES),
+    ("ignored voxels", {"name": "dice_ce"}, IGNORING),
+    ("regions", {"name": "dice_bce"}, REGIONS),
+    ("regions over samples", {"name": "dice_bce", "batch_dice": False}, REGIONS),
+)
+
+
+class Small(nn.Module):
+    """Two outputs as of deep supervision, and weights that nothing uses."""
+
+    def __init__(self, num_outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.InstanceNorm2d(6, affine=True), nn.ReLU())
+        self.fine, self.coarse = nn.Conv2d(6, num_outputs, 1), nn.Conv2d(6, num_outputs, 2, stride=2)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x = self.first(x)
+        return [self.fine(x), self.coarse(x)]
+
+
+def batch(size: int, labels: Labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures in which classes are rare, absent from some samples, and unevenly ignored."""
+    generator = torch.Generator().manual_seed(size)
+    image = torch.randn(size, 1, 12, 14, generator=generator)
+    label = (image[:, 0] > 1).long() + (image[:, 0] > 1.8).long()
+    label[0] = 0
+    if labels.ignore:
+        label[1, :9] = 255
+    return image, label
+
+
+def gradients(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def largest_difference(world: World, settings: dict[str, Any], labels: Labels, size: int, parts: int) -> float:
+    """Between the gradients of all processes and those of one that has the whole batch, relative to the largest."""
+    torch.manual_seed(0)
+    model = Small(labels.num_outputs)
+    loss = DeepSupervision(build_loss(settings, labels))
+    image, label = batch(size, labels)
+    whole = loss(model(image), label)
+    whole.backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+
+    network = world.network(model, torch.device("cpu"))
+    image, label = image[world.rank :: world.size], label[world.rank :: world.size]
+    losses = []
+    shares = world.share_batch(size, parts)
+    for number, (own, share) in enumerate(shares, start=1):
+        with together(world.group), without_sync(network, is_last=number == parts):
+            part = loss(network(image[own]), label[own]) * share
+            part.backward()
+        losses.append(part.detach())
+    assert (model.unused.weight.grad is None) and len(shares) == parts
+    if parts == 1:
+        torch.testing.assert_close(losses[0], whole.detach(), rtol=1e-5, atol=1e-6)
+    return float((gradients(model) - expected).abs().max() / expected.abs().max())
+
+
+def augmented(indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples of a batch of 4 with these indices, augmented; without noise."""
+    config = AugmentConfig(noise_probability=0.0)
+    augment = Augmenter(
+        config, patch_size=(12, 14), spacing_mm=(1.0, 1.0), is_picture=True, mirroring=Mirroring((0, 1)), seed=3
+    )
+    image, label = batch(4, CLASSES)
+    own = slice(indices.start, None, indices.step)
+    return augment(image[own].contiguous(), label[own].to(torch.uint8), 5, indices)
+
+
+def exactness() -> dict[str, Any]:
+    """Everything that two processes can compare, in one start of them."""
+    with joined() as world:
+        world.compute_on(torch.device("cpu"))
+        found: dict[str, Any] = {
+            name: largest_difference(world, settings, labels, 4, 1) for name, settings, labels in LOSSES
+        }
+        found["uneven"] = largest_difference(world, {"name": "dice_ce"}, CLASSES, 5, 1)
+        ce = {"name": "dice_ce", "dice_weight": 0.0}
+        found["in parts"] = largest_difference(world, ce, CLASSES, 4, 2)
+        found["in uneven parts"] = largest_difference(world, ce, CLASSES, 7, 2)
+        one = float(world.rank + 1)
+        found["gathered"] = world.gather({"rank": world.rank, "nan": float("nan") if world.rank else 1.5})
+        found["highest"], found["of main"] = world.highest(one, -one), world.of_main(one)
+        found["told"], found["mean"] = world.told(["ü", one]), float(world.mean(torch.tensor(one)))
+        return found

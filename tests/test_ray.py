@@ -1,0 +1,363 @@
+"""`medseg predict --engine ray`: the books of the pool, and a cluster of two nodes of which one is killed."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import pickle
+import secrets
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from medseg.cli import main
+from medseg.cli.predict import EXIT_BAD_CASES
+from medseg.data.inputs import find_inputs
+from medseg.data.layouts import Case
+from medseg.errors import Code, MedsegError
+from medseg.inference.ensemble import Ensemble
+from medseg.inference.export import Made
+from medseg.inference.folder import predict_inputs
+from medseg.inference.job import Done, Options, Scan
+from medseg.inference.manifest import MANIFEST_FILE, Entry, digest_of_file
+from medseg.remote.cluster import AHEAD, ATTEMPTS, Failed, Pool, Worker, _sendable, located, ray_engine
+from medseg.remote.exchange import Unreachable
+
+
+def cases_of(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / MANIFEST_FILE).read_text().splitlines()]
+    return [line for line in lines if "case" in line]
+
+
+# The books, with a Ray that is none: results come in the order in which they were asked for
+
+
+class Died(Exception):
+    pass
+
+
+class Result:
+    """What brings a result when it is asked for."""
+
+    def __init__(self, worker: FakeWorker, make: Any) -> None:
+        self.worker, self.make = worker, make
+
+
+class Method:
+    def __init__(self, worker: FakeWorker, call: Any) -> None:
+        self.worker, self.call = worker, call
+
+    def remote(self, *arguments: Any) -> Result:
+        return Result(self.worker, lambda: self.call(*arguments))
+
+
+class FakeWorker:
+    def __init__(self, fate: FakeRay) -> None:
+        self.fate = fate
+        self.is_dead = False
+        self.ready = Method(self, fate.on_start)
+        self.work = Method(self, lambda case: fate.on_case(self, case))
+        self.close = SimpleNamespace(remote=lambda: fate.closed.append(self))
+
+
+class FakeRay:
+    """Ray, as far as the pool asks it.
+
+    Args:
+        on_case: worker, case → result; raises `Died` to die of it.
+        on_start: called when a worker starts.
+    """
+
+    exceptions = SimpleNamespace(RayError=Died)
+
+    def __init__(self, on_case: Any, on_start: Any = lambda: None) -> None:
+        self.on_case, self.on_start = on_case, on_start
+        self.workers: list[FakeWorker] = []
+        self.closed: list[FakeWorker] = []
+        self.killed: list[FakeWorker] = []
+        self.most = 0
+
+    def make(self) -> FakeWorker:
+        self.workers.append(FakeWorker(self))
+        return self.workers[-1]
+
+    def wait(self, results: list[Result], num_returns: int, timeout: float) -> tuple[list[Result], list[Result]]:
+        if not any(self.closed):
+            self.most = max(self.most, max(Counter(result.worker for result in results).values()))
+        return results[:num_returns], results[num_returns:]
+
+    def get(self, result: Result) -> Any:
+        if result.worker.is_dead:
+            raise Died
+        try:
+            return result.make()
+        except Died:
+            result.worker.is_dead = True
+            raise
+
+    def kill(self, worker: FakeWorker) -> None:
+        self.killed.append(worker)
+
+
+class Books:
+    """What a job does with results, noted."""
+
+    def __init__(self, on_bad_case: str = "skip") -> None:
+        self.settled: list[str] = []
+        self.bad: dict[str, Exception] = {}
+        self.before: list[str] = []
+        self.digests: dict[str, str] = {}
+        self.fatal: Exception | None = None
+        self.on_bad_case = on_bad_case
+        self.console = Console(file=io.StringIO(), width=200)
+        self.bar, self.task = SimpleNamespace(advance=lambda task: None), 0
+        self.manifest = SimpleNamespace(folder=Path("here"))
+
+    def settle(self, done: Done) -> None:
+        assert done.made.folder == Path("here")
+        self.settled.append(done.entry.case)
+
+    def write(self, case: Case, result: Scan | Exception) -> None:
+        if isinstance(result, Scan):
+            self.before.append(case.case_id)
+            return
+        if self.on_bad_case == "error" or result is self.fatal:
+            raise result
+        self.bad[case.case_id] = result
+
+
+def done(case: Case) -> Done:
+    entry = Entry(case.case_id, "session", "digest")
+    return Done(entry, Made(case.case_id, Path("there"), ".unfinished", (), ()), "", ())
+
+
+CASES = [Case(f"c{number:02d}", (), None) for number in range(12)]
+ALL = [case.case_id for case in CASES]
+
+
+def pool(ray: FakeRay, books: Books, num_workers: int = 2) -> Pool:
+    return Pool(ray, books, (ray.make, num_workers))  # type: ignore[arg-type]
+
+
+def test_every_case_is_settled_once_and_few_are_on_their_way() -> None:
+    ray, books = FakeRay(lambda worker, case: done(case)), Books()
+    pool(ray, books, 3).work(CASES)
+    assert sorted(books.settled) == ALL and len(ray.workers) == 3
+    assert ray.most <= AHEAD
+    assert set(ray.closed) == set(ray.killed) == set(ray.workers)
+
+
+def test_no_more_workers_than_cases() -> None:
+    ray, books = FakeRay(lambda worker, case: done(case)), Books()
+    pool(ray, books, 8).work(CASES[:2])
+    assert len(ray.workers) == 2 and sorted(books.settled) == ALL[:2]
+
+
+def test_what_a_lost_worker_had_is_done_again_once() -> None:
+    count = itertools.count()
+
+    def on_case(worker: FakeWorker, case: Case) -> Done:
+        if next(count) == 4:
+            raise Died
+        return done(case)
+
+    ray, books = FakeRay(on_case), Books()
+    pool(ray, books).work(CASES)
+    assert sorted(books.settled) == ALL and not books.bad
+    assert len(ray.workers) == 3  # one came in its place
+    assert "a worker was lost (Died); it is done again" in books.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_case_that_kills_its_workers_is_set_aside_and_its_neighbours_are_done() -> None:
+    tried: list[str] = []
+
+    def on_case(worker: FakeWorker, case: Case) -> Done:
+        tried.append(case.case_id)
+        if case.case_id == "c03":
+            raise Died
+        return done(case)
+
+    ray, books = FakeRay(on_case), Books()
+    pool(ray, books).work(CASES)
+    assert sorted(books.settled) == [name for name in ALL if name != "c03"]
+    assert tried.count("c03") == ATTEMPTS
+    assert isinstance(books.bad["c03"], MedsegError) and "has ended 3 workers" in str(books.bad["c03"])
+    with pytest.raises(MedsegError, match="has ended 3 workers"):
+        pool(FakeRay(on_case), Books("error")).work(CASES)
+
+
+def test_refusals_of_the_case_are_final_and_those_of_the_archive_are_not() -> None:
+    tried: Counter[str] = Counter()
+
+    def on_case(worker: FakeWorker, case: Case) -> Done | Failed:
+        tried[case.case_id] += 1
+        if case.case_id == "c01":
+            return Failed(MedsegError(Code.GAP, "a slice is missing"), "digest of c01", False)
+        if case.case_id == "c02" and tried["c02"] < ATTEMPTS:
+            return Failed(MedsegError(Code.ARCHIVE, "busy"), None, False)
+        return done(case)
+
+    books = Books()
+    pool(FakeRay(on_case), books).work(CASES)
+    assert list(books.bad) == ["c01"] and tried["c01"] == 1 and books.digests["c01"] == "digest of c01"
+    assert tried["c02"] == ATTEMPTS and "c02" in books.settled
+
+
+def test_an_archive_that_is_out_of_reach_ends_the_work() -> None:
+    refusal = _sendable(Unreachable(Code.ARCHIVE, "the server does not answer"))
+    books = Books()
+    ray = FakeRay(lambda worker, case: Failed(refusal, None, True))
+    with pytest.raises(MedsegError, match="does not answer"):
+        pool(ray, books).work(CASES)
+    assert not books.bad and set(ray.killed) == set(ray.workers)
+
+
+def test_workers_that_do_not_start() -> None:
+    def on_start() -> None:
+        raise Died
+
+    with pytest.raises(MedsegError, match="the workers of the Ray cluster do not start"):
+        pool(FakeRay(lambda worker, case: done(case), on_start), Books()).work(CASES)
+
+    def refused() -> None:
+        error = Died()
+        error.cause = MedsegError(Code.CHECKPOINT, "damaged")  # type: ignore[attr-defined]
+        raise error
+
+    with pytest.raises(MedsegError, match="damaged"):
+        pool(FakeRay(lambda worker, case: done(case), refused), Books()).work(CASES)
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    class Local(Exception):
+        pass
+
+    assert "Local: x" in str(pickle.loads(pickle.dumps(_sendable(Local("x")))))
+    refusal = MedsegError(Code.GAP, "a slice is missing", where="CT_1")
+    assert str(pickle.loads(pickle.dumps(_sendable(refusal)))) == str(refusal)
+
+
+# A worker, in this process
+
+
+@pytest.fixture
+def scans(tiny_run, tmp_path: Path) -> Path:
+    """Ten scans, of which the last is cut off."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    sources = itertools.cycle(sorted((tiny_run.data / "imagesTr").glob("*.nii.gz")))
+    for number, source in zip(range(10), sources, strict=False):
+        shutil.copy(source, folder / f"s{number}.nii.gz")
+    last = folder / "s9.nii.gz"
+    last.write_bytes(last.read_bytes()[:2000])
+    return folder
+
+
+SETTINGS = {"device": "cpu", "precision": "fp32"}
+
+
+def test_a_worker_writes_files_without_names_and_hands_back_the_line(
+    tiny_run, scans: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    worker = Worker(tiny_run.run, SETTINGS, Options(), (None, None), out, "the session", 1)
+    first, *_, last = (located(case) for case in find_inputs([Path("scans")], num_channels=1))
+    assert first.images[0].is_absolute()
+    result = pickle.loads(pickle.dumps(worker.work(first)))
+    assert isinstance(result, Done)
+    assert result.entry.session == "the session" and result.entry.case == "s0"
+    assert sorted(p.name for p in out.iterdir()) == [result.made.unfinished]
+    assert result.entry.files == {"s0.nii.gz": digest_of_file(out / result.made.unfinished / "s0.nii.gz")}
+    assert replace(result.made, folder=out).settle(["s0.nii.gz"]) == [out / "s0.nii.gz"]
+    assert sorted(p.name for p in out.iterdir()) == ["s0.nii.gz"]
+    failed = pickle.loads(pickle.dumps(worker.work(last)))
+    assert isinstance(failed, Failed) and failed.digest is not None and not failed.fatal
+    assert failed.error.code is Code.TRUNCATED  # type: ignore[attr-defined]
+    assert sorted(p.name for p in out.iterdir()) == ["s0.nii.gz"]
+    worker.close()
+
+
+# A real cluster
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head and a second node, each with one processor."""
+    ray = pytest.importorskip("ray", reason='ray is not installed: pip install "medseg[ray]"')
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is written into the home folder
+    made = Cluster(shutdown_at_exit=False)
+    try:
+        made.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
+        made.second = made.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # type: ignore[attr-defined]
+        ray.init(address=made.address, log_to_driver=False)
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.mark.ray
+def test_a_node_is_killed_and_nothing_is_lost_or_done_twice(
+    cluster, tiny_run, scans: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    import ray
+
+    out, here = tmp_path / "out", tmp_path / "here"
+    ensemble = Ensemble.from_run(tiny_run.run, **SETTINGS)  # type: ignore[arg-type]
+    options = Options(on_bad_case="skip", statistics=True)
+    seen: list[int] = []
+
+    def kill_the_second_node() -> None:
+        while not (out / MANIFEST_FILE).is_file() or len(cases_of(out)) < 2:
+            time.sleep(0.02)
+        seen.append(sum(node["Alive"] for node in ray.nodes()))
+        cluster.remove_node(cluster.second, allow_graceful=False)
+
+    hand_out = Pool._hand_out
+
+    def when_both_have_started(self, waiting) -> None:
+        if seen or not self.starting:
+            hand_out(self, waiting)
+
+    monkeypatch.setattr(Pool, "_hand_out", when_both_have_started)
+    killer = threading.Thread(target=kill_the_second_node)
+    killer.start()
+    log = io.StringIO()
+    engine = ray_engine(tiny_run.run, SETTINGS)
+    outcome = predict_inputs(ensemble, [scans], out, Console(file=log, width=200), options, engine=engine)
+    killer.join()
+    assert seen == [2] and "a worker was lost" in log.getvalue(), log.getvalue()
+    assert outcome.bad.keys() == {"s9"} and len(outcome.files) == 9, log.getvalue()
+    assert Counter(line["case"] for line in cases_of(out)) == Counter({f"s{number}": 1 for number in range(10)})
+
+    # The same labels as one process makes, and its --resume finds nothing to do.
+    predict_inputs(ensemble, [scans], here, Console(quiet=True), options)
+    names = sorted(path.name for path in here.glob("*.nii.gz"))
+    assert names == sorted(path.name for path in out.glob("*.nii.gz")) and len(names) == 9
+    assert {line["case"]: line["files"] for line in cases_of(out) if "failed" not in line} == {
+        line["case"]: line["files"] for line in cases_of(here) if "failed" not in line
+    }
+    assert (out / "statistics.csv").read_bytes() == (here / "statistics.csv").read_bytes()
+    ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    command = ["predict", str(tiny_run.run), str(scans), "-o", str(out), "--statistics", "--on-bad-case", "skip"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--device", "cpu", "--precision", "fp32", "--resume", "--engine", "ray", "--workers", "1"])
+    assert exit_.value.code == EXIT_BAD_CASES
+    assert "9 done before, 1 bad" in capfd.readouterr().out and len(cases_of(out)) == 11
+    assert not ray.is_initialized()
