@@ -12,7 +12,7 @@ output for each region, and what is trained, scored and reported are the regions
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -339,7 +339,7 @@ def _painted(regions: Mapping[str, frozenset[int]], inside: Mapping[int, frozens
     if len(given) == len(regions):
         if sorted(map(str, given)) == sorted(regions):
             return {str(name): own[str(name)] for name in given}
-        if all(v in values for v, values in zip(given, regions.values(), strict=True)):
+        if all(isinstance(v, Hashable) and v in values for v, values in zip(given, regions.values(), strict=True)):
             return {name: int(v) for name, v in zip(regions, given, strict=True)}
     unnamed = [name for name in regions if name not in given]
     raise MedsegError(

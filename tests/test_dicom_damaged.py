@@ -29,7 +29,7 @@ from pydicom.uid import (
 
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, find_series, is_dicom, open_volume
-from medseg.formats.dicom import files
+from medseg.formats.dicom import files, seg
 from medseg.formats.dicom.archive import is_zip
 from medseg.formats.dicom.series import assess
 
@@ -52,6 +52,18 @@ def test_truncated_files(tmp_path: Path) -> None:
     for keep in (140, 300, len(data) // 2, len(data) - 20, len(data) - 2):
         whole.write_bytes(data[:keep])
         refused(tmp_path, Code.TRUNCATED)
+
+
+def test_a_kind_of_value_that_nobody_knows(tmp_path: Path) -> None:
+    """Found by fuzzing: pydicom converts a value when it is asked for, and knows no VR of this name."""
+    whole = make(tmp_path)[0]
+    data = whole.read_bytes()
+    sop_class = b"\x08\x00\x16\x00"
+    assert data.count(sop_class + b"UI") == 1
+    whole.write_bytes(data.replace(sop_class + b"UI", sop_class + b"UY"))
+    with pytest.raises(MedsegError) as caught:
+        seg.is_mine(whole)
+    assert caught.value.code is Code.TRUNCATED
 
 
 def test_absurd_sizes(tmp_path: Path) -> None:

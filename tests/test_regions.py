@@ -105,6 +105,7 @@ def test_the_order_and_what_is_painted(table: dict[str, Any], order: Any, painte
         (BRATS, ["whole", "core", "core"], "name each of them once"),
         (BRATS, [1, 1, 3], "name each of them once"),
         (BRATS, [1, 2], "name each of them once"),
+        (BRATS, [1, {"whole": 1}, [3]], "name each of them once"),
     ],
 )
 def test_tables_that_cannot_be_meant(table: dict[str, Any], order: Any, message: str) -> None:

@@ -70,16 +70,23 @@ def case_viewer(case: ValidationCase, uncertainty: Volume | None = None) -> Any 
     viewer = NiiVue(height=HEIGHT, is_colorbar=False, is_radiological_convention=True)
     layers = viewer_layers(case, uncertainty)
     viewer.load_volumes([{k: v for k, v in layer.items() if k != "colours"} for layer in layers])
+    tables = {volume.id: layer.get("colours") for volume, layer in zip(viewer.volumes, layers, strict=True)}
     sliders = []
     for volume, layer in zip(viewer.volumes, layers, strict=True):
-        if "colours" in layer:
-            volume.set_colormap_label(layer["colours"])
         slider = ipywidgets.FloatSlider(
             value=volume.opacity, min=0, max=1, step=0.05, readout=False,
             description=layer["name"].partition(".")[0], layout={"width": "220px"},
         )  # fmt: skip
         ipywidgets.link((slider, "value"), (volume, "opacity"))
         sliders.append(slider)
+
+    def colour(volume: Any) -> None:
+        if table := tables.get(volume.id):
+            volume.set_colormap_label(table)
+
+    # A front end takes a table once and does not read it again, so that a mask sent a second time has no colours:
+    # each time that a mask was loaded it gets a table of its own.
+    viewer.on_image_loaded(colour)
 
     def send_again(*_: object) -> None:
         volumes = viewer.volumes

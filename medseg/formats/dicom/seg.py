@@ -23,6 +23,7 @@ from medseg.formats.content import is_dicom
 from medseg.formats.dicom.codes import lab_to_rgb
 from medseg.formats.dicom.frames import read_frames
 from medseg.formats.dicom.geometry import LPS_TO_RAS
+from medseg.formats.dicom.parsing import cut_short
 from medseg.formats.dicom.planes import CENTRE_TOLERANCE, Spot, locate, malformed
 from medseg.formats.dicom.seg_frames import Frame, Stored, absurd, decoder_of, no_place, parse, read_stored
 from medseg.formats.dicom.sop_classes import SEGMENTATIONS
@@ -58,7 +59,13 @@ def is_mine(path: Path) -> bool:
     Raises:
         MedsegError: E_TRUNCATED if the file is DICOM and too damaged to tell.
     """
-    return is_dicom(path) and str(parse(path, ("SOPClassUID",)).get("SOPClassUID")) in SEGMENTATIONS
+    if not is_dicom(path):
+        return False
+    header = parse(path, ("SOPClassUID",))
+    try:
+        return str(header.get("SOPClassUID")) in SEGMENTATIONS
+    except Exception as error:  # values are converted only now; pydicom raises a dozen types on damaged ones
+        raise cut_short(path, "the DICOM header is damaged", "a SOPClassUID", type(error).__name__) from error
 
 
 def read_annotation(path: Path) -> Annotation:
