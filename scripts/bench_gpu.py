@@ -142,7 +142,7 @@ def step_medseg(folder: Path, network: Network, device: str, compiled: str, time
         starts = [(n - p) // 2 for n, p in zip(image.shape[2:], network.patch, strict=True)]
         box = tuple(slice(s, s + p) for s, p in zip(starts, network.patch, strict=True))
         image, label = image[(..., *box)].contiguous(), label[(..., *box)].contiguous()
-        loop.augment = lambda image, label, step: (image, label)
+        loop.augment = lambda image, label, step, indices=None: (image, label)
         begin = time.perf_counter()
         loop.train_step(0, image, label)
         wait()

@@ -104,7 +104,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "N22": (f"{GOOD}[N22]", "test_training.test_volumes_smaller_than_any_patch",
             "test_bad_inputs.test_strange_scans_are_predicted_on_their_own_grids"),
     "N23": ("test_preflight.test_a_patient_on_two_sides_is_found_with_the_bad_cases",
-            "test_splits.test_a_patient_on_two_sides_is_refused_by_name"),
+            "test_splits.test_a_patient_on_two_sides_is_refused_by_the_cases"),
     "N24": (f"{PREFLIGHT}[N24]", f"{PREFLIGHT}[n24]", "test_cases.test_duplicate_ids"),
     "S1": ("test_export.test_s1_a_pickle_is_refused_and_never_runs", "test_bundle.test_missing_and_foreign"),
     "S2": ("test_export.test_s2_nothing_is_built_by_a_name_that_is_not_registered",

@@ -196,7 +196,7 @@ def test_splits_of_nnunet_and_what_folds_refuse(folded: FoldedRun, tmp_path: Pat
     assert (split.train, split.val) == (("c1", "c2"), ("c0",))
     surveyed = json.loads((tmp_path / "a" / "survey.json").read_text())["cases"]
     assert {case["case_id"] for case in surveyed} == {"c0", "c1", "c2"}
-    events = b"".join(p.read_bytes() for p in (tmp_path / "a" / "tensorboard").iterdir())
+    events = b"".join(p.read_bytes() for p in (tmp_path / "a" / "tensorboard").rglob("*") if p.is_file())
     assert str(tmp_path).encode() not in events
 
     _, said = run(folded.data, tmp_path / "b", f"data.split.file='{path}'", "folds=all", *quick)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.spatial
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from scipy import ndimage
 from scipy.spatial.distance import directed_hausdorff
 from skimage.metrics import hausdorff_distance
 
-from medseg.metrics import masks as masks_module
 from medseg.metrics.case import measure_case
 from medseg.metrics.masks import Mask, surface, surface_distances
 from medseg.torchvision_compat import prepare_torchvision
@@ -49,12 +49,12 @@ def test_surfaces_far_apart_are_left_to_the_tree(monkeypatch: pytest.MonkeyPatch
     a[1:4, 2:5], b[30:35, 6:9] = True, True
     asked: list[int] = []
 
-    class Tree(masks_module.KDTree):
+    class Tree(scipy.spatial.KDTree):
         def query(self, points, *args, **keywords):
             asked.append(len(points))
             return super().query(points, *args, **keywords)
 
-    monkeypatch.setattr(masks_module, "KDTree", Tree)
+    monkeypatch.setattr(scipy.spatial, "KDTree", Tree)
     there, _ = surface_distances(a, b, (1.0, 2.0))
     np.testing.assert_allclose(there, by_transform(a, b, (1.0, 2.0)))
     assert asked == [8, 12]
