@@ -17,14 +17,14 @@ NAME = "revision.txt"
 class RevisionHook(BuildHookInterface):
     """Adds `NAME` to wheels and source distributions.
 
-    The commit is MEDSEG_REVISION of the environment (Docker: `--build-arg MEDSEG_REVISION=$(git rev-parse HEAD)`, where
-    the build sees no .git), or the one that is checked out. Where neither tells, nothing is added, and medseg says
-    "unknown"; a wheel made of a source distribution takes what stands in that.
+    The commit is the one that is checked out; where there is no checkout, MEDSEG_REVISION of the environment (Docker:
+    `--build-arg MEDSEG_REVISION=$(git rev-parse HEAD)`, as the build sees no .git). Where neither tells, nothing is
+    added, and medseg says "unknown"; a wheel made of a source distribution takes what stands in that.
     """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Hatchling calls it before it builds."""
-        revision = os.environ.get("MEDSEG_REVISION", "").strip() or self.checked_out()
+        revision = self.checked_out() or os.environ.get("MEDSEG_REVISION", "").strip()
         if version == "editable" or not revision:
             return
         with tempfile.NamedTemporaryFile("w", suffix=NAME, delete=False, encoding="ascii") as file:

@@ -19,6 +19,9 @@ __all__ = ["YAMLError", "check_format", "check_yaml", "parse_json", "parse_yaml"
 MAX_DEPTH = 64
 """Levels of lists and tables within each other. What medseg writes has fewer than ten."""
 
+MAX_VERSION = 40
+"""Characters of a stranger's version that a message repeats."""
+
 YAML_ERRORS = (YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 """What PyYAML raises: its constructors and escapes let through what their values raise (a month 13, `!!bool maybe`)."""
 
@@ -51,12 +54,13 @@ def check_format(content: Any, known: int, *, where: object) -> None:
         raise ValueError("its format is no whole number")
     if found != known:
         writer = content.get("medseg")
+        named = f" of medseg {ascii(writer[:MAX_VERSION])[1:-1]}" if isinstance(writer, str) else ""
         raise MedsegError(
             Code.VERSION,
             "this was written by another version of medseg",
             where=where,
             expected=f"format {known}",
-            got=f"format {found}" + (f" of medseg {writer}" if isinstance(writer, str) else ""),
+            got=f"format {str(found)[:MAX_VERSION]}{named}",
             remedy="install that version of medseg, or make it again with this one",
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -264,6 +265,12 @@ class Code(StrEnum):
     """
 
 
+UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""What steers terminals, turns the direction of text, or is half a character: files of strangers may hold it."""
+MAX_LINE = 4000
+"""Characters of one line of a message; the rest of it is counted."""
+
+
 class MedsegError(Exception):
     """A refusal with a stable code.
 
@@ -302,10 +309,16 @@ class MedsegError(Exception):
                 lines.append(f"  {name + ':':<10}{value}")
         if self.remedy is not None:
             lines.append(f"  {'remedy:':<10}{self.remedy}")
-        return "\n".join(lines)
+        return "\n".join(map(_printable, "\n".join(lines).split("\n")))
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (self.code, self.message, self.where, self.expected, self.got, self.remedy))
+
+
+def _printable(line: str) -> str:
+    """A line that a terminal shows and does not obey."""
+    more = f"… ({len(line) - MAX_LINE} more characters)" if len(line) > MAX_LINE else ""
+    return UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], line[:MAX_LINE]) + more
 
 
 def _rebuild(code: Code, message: str, where: object, expected: object, got: object, remedy: str | None) -> MedsegError:
@@ -326,6 +339,10 @@ NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "not enough memory")
 """What PyTorch's errors say where the memory does not suffice: their type on a GPU, their text on a CPU."""
 
 
+SHARED_MEMORY = ("/dev/shm/nccl", "shared memory segment")  # noqa: S108 (in messages)
+"""What NCCL's errors say where /dev/shm is too small, which is no disk."""
+
+
 def of_machine(error: BaseException) -> MedsegError | None:
     """The refusal that stands for a disk or memory that does not suffice; None for other errors.
 
@@ -334,6 +351,15 @@ def of_machine(error: BaseException) -> MedsegError | None:
     """
     found: BaseException | None = error
     while found is not None:
+        if isinstance(found, (OSError, RuntimeError)) and any(word in str(found) for word in SHARED_MEMORY):
+            return MedsegError(
+                Code.LIMIT,
+                "the memory that processes share (/dev/shm) does not suffice for NCCL",
+                where="trainer.devices",
+                expected="1 GiB, as NVIDIA recommends",
+                got=" ".join(str(found).split())[-200:],
+                remedy="docker run --shm-size 1g; or export NCCL_SHM_DISABLE=1, which is slower",
+            )
         if isinstance(found, OSError) and found.errno in DISK_FAULTS:
             return MedsegError(
                 Code.OUTPUT,

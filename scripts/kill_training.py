@@ -4,9 +4,10 @@
     python scripts/kill_training.py --write      100 kills, about half an hour; writes docs/reliability/kills.json
     python scripts/kill_training.py --kills 3
 
-A small network is trained on phantoms twice: once straight, once killed at random moments and resumed. After each kill
-a checkpoint must be there that loads; the work that is lost is what the history tells of steps after it. In the end
-both runs must have the same weights, bit for bit. Ends with status 1 where any of this fails.
+A small network is trained on phantoms twice: once straight, once killed and resumed, at random moments and each third
+time as soon as a checkpoint is being written. After each kill a checkpoint must be there that loads; the work that is
+lost is what the history tells of steps after it. In the end both runs must have the same weights, bit for bit.
+Ends with status 1 where any of this fails.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ SAVE_SECONDS = 0.5
 STEPS_PER_VALIDATION = 50
 EARLY = 5
 """Each so manieth kill comes at any moment since the process began; the others wait for its first step."""
+AIMED = 3
+"""Of the others, each so manieth kill comes while a checkpoint is written: a save takes milliseconds, and chance would
+hardly ever meet one."""
+POLL_SECONDS = 0.0005
+"""Between looks at the folder of checkpoints by who waits for a save."""
 SETTINGS = (
     "data.plan.base_width=4",
     "data.plan.num_stages=2",
@@ -59,6 +65,7 @@ class Tally:
     """What the kills did."""
 
     kills: int = 0
+    aimed_at_saves: int = 0
     before_the_first_step: int = 0
     during_a_save: int = 0
     during_a_validation: int = 0
@@ -104,10 +111,15 @@ def measure(folder: Path, kills: int, steps: int, moments: random.Random) -> dic
     process = _start(data, killed, steps)
     while tally.kills < kills:
         is_early = tally.kills % EARLY == EARLY - 1
+        is_aimed = not is_early and tally.kills % AIMED == 0
         if not is_early and not _wait_for_step(process, sitting):
             break
-        if not _kill(process, moments.uniform(0, start_seconds if is_early else 1.2 * seconds / kills)):
+        if is_aimed and not _wait_for_save(process, killed):
             break
+        longest = 0 if is_aimed else start_seconds if is_early else 1.2 * seconds / kills
+        if not _kill(process, moments.uniform(0, longest)):
+            break
+        tally.aimed_at_saves += is_aimed
         judge(sitting, tally)
         sitting = Sitting(killed)
         process = _medseg(f"resume={killed}")
@@ -129,6 +141,7 @@ def measure(folder: Path, kills: int, steps: int, moments: random.Random) -> dic
         "steps_of_the_training": steps,
         "same_weights_as_without_kills": "yes" if _same(straight, killed, "latest") else "no",
         "kills_before_the_first_step_of_a_sitting": tally.before_the_first_step,
+        "kills_aimed_at_saves": tally.aimed_at_saves,
         "kills_during_a_save": tally.during_a_save,
         "kills_during_a_validation": tally.during_a_validation,
         "checkpoints_damaged": tally.fallbacks,
@@ -235,6 +248,18 @@ def _wait_for_step(process: subprocess.Popen[bytes], sitting: Sitting) -> bool:
         if rows and int(rows[-1]["step"]) > sitting.saved_step:
             return True
         time.sleep(0.02)
+    return False
+
+
+def _wait_for_save(process: subprocess.Popen[bytes], run: Path) -> bool:
+    """Wait until a process has begun to write a checkpoint; False if it ends before that.
+
+    What an earlier kill left is gone by then: a run removes it before its first step.
+    """
+    while process.poll() is None:
+        if any((run / "checkpoints").glob(".*")):
+            return True
+        time.sleep(POLL_SECONDS)
     return False
 
 

@@ -26,7 +26,7 @@ HEAD = """\
 
 Made by `python scripts/make_reliability.py` from the figures in `docs/reliability/`; the command of each row makes its
 figures again. A short form of each runs with the tests (`tests/test_fuzz.py`, `tests/test_faults.py`,
-`tests/test_privacy.py`).
+`tests/test_resume.py`).
 """
 MEANING = """\
 ## What the rows mean
@@ -41,8 +41,9 @@ MEANING = """\
   status other than 0 and a message with a code; *handled*: it ended well all the same. Harm would be a file under its
   final name that is not whole (its bytes are counted as lost), a temporary file left behind, a message without a code,
   success without the outputs, work that cannot go on, or results that differ from those without the fault.
-- **Kills**: `medseg train` ended by SIGKILL at random times; each time a checkpoint must load, and no more may be lost
-  than was done since the last save (`trainer.save_minutes`, here some seconds).
+- **Kills**: `medseg train` ended by SIGKILL at random times and, where the figures have kills aimed at saves, when the
+  temporary file of a checkpoint is there; each time a checkpoint must load, and no more may be lost than was done since
+  the last save (`trainer.save_minutes`, here half a second).
 - What is written line by line may end anywhere after a crash, and is read accordingly: `train.log`, event files of
   TensorBoard, `history.csv` (rows after the checkpoint are dropped on resume) and `predictions.jsonl` (a line that was
   cut counts as not there).

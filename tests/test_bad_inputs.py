@@ -124,7 +124,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "S8": ("test_training.test_resume_goes_on_as_if_nothing_had_happened",),
     "S9": ("test_faults.test_no_memory_for_a_training_step",
            "test_predictor.test_batches_that_do_not_fit_become_smaller_and_stay_so"),
-    "S10": ("test_doctor.test_shared_memory_is_no_need",
+    "S10": ("test_doctor.test_shared_memory_is_no_need", "test_doctor.test_several_gpus_need_shared_memory",
+            "test_faults.test_small_shared_memory_is_no_full_disk",
             "test_bad_inputs.test_no_network_no_shared_memory_no_second_process",),
     "S11": ("test_bad_inputs.test_no_network_no_shared_memory_no_second_process",),
     "S12": ("test_training.test_a_loss_that_is_not_finite_ends_the_run",
@@ -133,7 +134,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "S13": ("test_preparation.test_changed_bytes_are_a_miss_even_with_size_and_time_kept",
             "test_preparation.test_settings_that_shape_a_case_are_in_its_key",
             "test_preparation.test_ct_intensities_labels_reading_and_code_are_in_the_key"),
-    "S14": ("test_bad_inputs.test_the_table_is_the_same_however_many_are_measured_at_a_time",),
+    "S14": ("test_distributed.test_two_processes_train_what_one_does",
+            "test_bad_inputs.test_the_table_is_the_same_however_many_are_measured_at_a_time",),
 }  # fmt: skip
 """Row → where it is tested: module.function, with the id of the parameter where it matters."""
 
@@ -361,7 +363,8 @@ def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_no_network_no_shared_memory_no_second_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_outside: list[str]
 ) -> None:
-    """S10 and S11: training and prediction are one process with threads, so that /dev/shm may be of any size."""
+    """S10 and S11: unless trainer.devices asks for several processes, training and prediction are one process with
+    threads, so that /dev/shm may be of any size."""
     monkeypatch.chdir(tmp_path)
     data = data_folder(tmp_path / "data")
     run, out = tmp_path / "run", tmp_path / "out"
@@ -376,7 +379,7 @@ def test_no_network_no_shared_memory_no_second_process(
 
 
 def test_the_table_is_the_same_however_many_are_measured_at_a_time(tmp_path: Path) -> None:
-    """S14: medseg trains in one process: no share of a validation is uneven. Scoring alone is spread, over threads."""
+    """S14: scoring is spread over threads; what several processes validate: tests/test_distributed.py."""
     data = data_folder(tmp_path / "data")
     predictions = shutil.copytree(data / "labels", tmp_path / "predictions")
     for number in range(4):
@@ -390,5 +393,3 @@ def test_the_table_is_the_same_however_many_are_measured_at_a_time(tmp_path: Pat
         main(["evaluate", str(predictions), str(data / "labels"), "-o", str(scores), "--threads", str(threads)])
         tables.append((scores / "metrics.csv").read_bytes())
     assert tables[0] == tables[1] and tables[0].count(b"\n") >= 5
-    package = Path(sys.modules["medseg"].__file__ or "").parent
-    assert not [path for path in package.rglob("*.py") if "torch.distributed" in path.read_text(encoding="utf-8")]

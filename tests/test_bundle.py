@@ -15,7 +15,8 @@ from safetensors.torch import save
 from medseg.bundle import BundleInfo, checkpoint_path, load_bundle, read_checkpoint, write_atomically, write_checkpoint
 from medseg.bundle.checkpoint import digest_of_tensors
 from medseg.bundle.manifest import Manifest, write_manifest
-from medseg.errors import MedsegError
+from medseg.documents import check_format
+from medseg.errors import Code, MedsegError
 from medseg.inference.packing import export_bundle
 from medseg.inference.verification import Status, verify
 
@@ -85,6 +86,19 @@ def test_damaged_descriptions(tiny_run, tmp_path: Path, damage: str) -> None:
     (run / "bundle.json").write_text(damage)
     with pytest.raises(MedsegError, match="E_RUN"):
         load_bundle(run)
+
+
+def test_a_message_shows_what_it_must_not_do(tmp_path: Path) -> None:
+    """What a file says of itself: no escape sequence, no line of its own, no end."""
+    forged = {"format": 99, "medseg": "9\x1b]0;pwned\x07\n  remedy:   run this" + "A" * 10**6}
+    with pytest.raises(MedsegError) as caught:
+        check_format(forged, 1, where=tmp_path)
+    said = str(caught.value)
+    assert "\x1b" not in said and r"\x1b]0;pwned\x07\n" in said and len(said) < 1000
+    assert [line.split(":")[0].strip() for line in said.splitlines()].count("remedy") == 1
+    said = str(MedsegError(Code.RUN, "a\x1bb\u202e", got="c\td\r\n    e\x9b" + "f" * 10**5, where="\udcff"))
+    assert r"a\x1bb\u202e" in said and "c\td\\r\n    e\\x9b" in said and r"\udcff" in said and len(said) < 5000
+    assert "more characters)" in said
 
 
 def test_what_another_version_wrote_is_not_called_damaged(tiny_run, tmp_path: Path) -> None:

@@ -100,9 +100,14 @@ def test_only_the_service_for_archives_has_a_network_and_its_secrets_are_names()
     assert archive["extends"] == {"service": "medseg"} and archive["profiles"] == ["archive"]
     assert archive["network_mode"] == "bridge"
     assert all(re.fullmatch(r"[A-Z_]+", name) for name in archive["environment"])  # no value stands in the file
-    read = re.findall(r"`(MEDSEG_(?:FROM|TO)_[A-Z]+)`", (REPOSITORY / "docs" / "archive.md").read_text())
-    assert read and {name for name in read if not name.endswith(("CERTIFICATE", "KEY"))} <= set(archive["environment"])
+    named = r"`(MEDSEG_(?:FROM|TO)_[A-Z]+|AWS_[A-Z_]+|NETRC|[A-Z_]+_CA_BUNDLE)[`=]"
+    read = set(re.findall(named, (REPOSITORY / "docs" / "archive.md").read_text()))
+    read |= {name.replace("FROM", "TO") for name in read}
+    assert len(read) > 12 and read <= set(archive["environment"]), read - set(archive["environment"])
+    assert archive["volumes"] == ["${MEDSEG_SECRETS:-./secrets}:/secrets:ro"]  # beside those of `medseg`: certificates
     assert set(SERVICES) == {"medseg", "archive"}
+    security = (REPOSITORY / "SECURITY.md").read_text()
+    assert "the service `medseg` has no network" in security and "the service `archive`" in security
 
 
 def test_what_is_copied_reaches_the_build(tmp_path: Path) -> None:

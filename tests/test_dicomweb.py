@@ -10,10 +10,15 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -291,12 +296,10 @@ def test_pages_and_transfers_that_break_off(orthanc: Orthanc, held: Path, monkey
     monkeypatch.setattr(dicomweb, "PAGE", 2)
     source = pickle.loads(pickle.dumps(DicomWebSource(orthanc.url, {})))  # as Ray's processes get it
     assert source.cases() == whole and source.digest(case) == digest
-    plain = type(source.server.client).iter_series
+    plain = dicomweb.save_parts
 
-    def cut(self, *args, **kwargs):
-        for number, dataset in enumerate(plain(self, *args, **kwargs)):
-            if number < 4:
-                yield dataset
+    def cut(*args):
+        return islice(plain(*args), 4)
 
     with Remote(source, None) as ends:
         local = ends.fetch(case)
@@ -304,7 +307,7 @@ def test_pages_and_transfers_that_break_off(orthanc: Orthanc, held: Path, monkey
         assert local.images[0].parent.stat().st_mode & 0o077 == 0
         ends.drop(case)
         assert not local.images[0].exists()
-        monkeypatch.setattr(type(source.server.client), "iter_series", cut)
+        monkeypatch.setattr(dicomweb, "save_parts", cut)
         with pytest.raises(MedsegError, match="did not send the whole series") as caught:
             ends.fetch(case)
         assert caught.value.code is Code.TRUNCATED and not ends.is_fatal(caught.value)
@@ -312,6 +315,135 @@ def test_pages_and_transfers_that_break_off(orthanc: Orthanc, held: Path, monkey
         with pytest.raises(MedsegError, match="E_LIMIT"):
             ends.fetch(case)
         assert not local.images[0].exists()
+
+
+@contextmanager
+def answering(answers: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[tuple[str, Counter[str]]]:
+    """URL of a server on loopback, and how often each method and path were asked for."""
+    asked: Counter[str] = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            asked[f"{self.command} {self.path.partition('?')[0]}"] += 1
+            answers(self)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}", asked
+    finally:
+        running.shutdown()
+        thread.join()
+        running.server_close()
+
+
+def send(request: BaseHTTPRequestHandler, body: bytes, status: int = 200, kind: str = "json", longer: int = 0) -> None:
+    request.send_response(status)
+    request.send_header("Content-Type", {"json": "application/dicom+json"}.get(kind, kind))
+    request.send_header("Content-Length", str(len(body) + longer))
+    request.end_headers()
+    request.wfile.write(body)
+
+
+def found(**values: str) -> bytes:
+    """The one result of a search."""
+    tags = {"study": "0020000D", "series": "0020000E", "instance": "00080018", "modality": "00080060"}
+    return json.dumps([{tags[name]: {"vr": "UI", "Value": [value]} for name, value in values.items()}]).encode()
+
+
+def test_a_series_that_always_breaks_off_is_set_aside_and_a_dead_server_is_not(monkeypatch) -> None:
+    monkeypatch.setattr(server, "PAUSE_S", 0.0)
+    is_dead = False
+
+    def answers(request: BaseHTTPRequestHandler) -> None:
+        path = request.path.partition("?")[0]
+        if is_dead:
+            send(request, b"", longer=10)
+        elif path == "/studies/1.2/series/1.3":
+            send(request, b"--b\r\n\r\nhalf", kind='multipart/related; type="application/dicom"; boundary=b', longer=99)
+        elif "offset=0" in request.path or path == "/studies":
+            send(request, found(study="1.2", series="1.3", instance="1.4", modality="CT"))
+        else:
+            send(request, b"[]")
+
+    with answering(answers) as (url, asked), Remote(DicomWebSource(url, {}), None) as ends:
+        (case,) = ends.source.cases()  # type: ignore[union-attr]
+        with pytest.raises(MedsegError, match="answers, but not to this") as caught:
+            ends.fetch(case)
+        assert caught.value.code is Code.ARCHIVE and not ends.is_fatal(caught.value)
+        assert asked["GET /studies/1.2/series/1.3"] == server.ATTEMPTS
+        is_dead = True
+        with pytest.raises(MedsegError, match="does not answer") as caught:
+            ends.digest(case)
+        assert ends.is_fatal(caught.value)
+
+
+def test_a_server_that_is_always_too_busy_for_one_series(monkeypatch) -> None:
+    def answers(request: BaseHTTPRequestHandler) -> None:
+        busy = request.path.partition("?")[0] == "/studies/1.2/series/1.3"
+        send(request, b"" if busy else found(study="1.2"), 504 if busy else 200)
+
+    monkeypatch.setattr(server, "ATTEMPTS", 2)
+    with answering(answers) as (url, asked):
+        archive = Server(url, "FROM")
+        archive.ask(lambda client: client.search_for_studies(limit=1), "a study")
+        archive._client._wait_exponential_multiplier = 1
+        with pytest.raises(MedsegError, match="answers, but not to this") as caught:
+            archive.ask(lambda client: client._http_get(f"{url}/studies/1.2/series/1.3"), "a series")
+        assert not isinstance(caught.value, exchange.Unreachable) and asked["GET /studies/1.2/series/1.3"] == 2
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """A file as a sink gets it."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.SegmentationStorage
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.4"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2", "1.3"
+    dataset.save_as(tmp_path / "a.seg.dcm", enforce_file_format=True)
+    return tmp_path / "a.seg.dcm"
+
+
+@pytest.mark.parametrize("status", [409, 202])
+@pytest.mark.parametrize("has", [True, False])
+def test_what_the_archive_has_already_counts_as_stored(status: int, has: bool, drawn: Path) -> None:
+    refused = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [0x0111]}}]}}
+
+    def answers(request: BaseHTTPRequestHandler) -> None:
+        if request.command == "POST":
+            send(request, json.dumps(refused).encode(), status)
+        elif has:
+            send(request, found(instance=str(pydicom.dcmread(drawn).SOPInstanceUID)))
+        else:
+            send(request, b"", 404)
+
+    with answering(answers) as (url, asked):
+        sink = DicomWebSink(url)
+        if has:
+            sink.deliver({drawn.name: drawn}, "identity")
+        else:
+            with pytest.raises(MedsegError, match="E_ARCHIVE"):
+                sink.deliver({drawn.name: drawn}, "identity")
+        assert asked["POST /studies"] == 1 and asked.total() == 2
+
+
+def test_the_uids_follow_from_the_program_too(tiny_run, tmp_path: Path, monkeypatch) -> None:
+    identities: list[str] = []
+    monkeypatch.setattr(DicomWebSink, "deliver", lambda self, files, identity: identities.append(identity))
+    for number, version in enumerate(("1.0", "1.0", "1.1")):
+        monkeypatch.setattr("medseg.inference.manifest.__version__", version)
+        to = ("--to", "dicomweb", "http://127.0.0.1:9/dicom-web", "-o", tmp_path / str(number))
+        predict(tiny_run.run, tiny_run.dicom, *to)
+    first, same, other = identities
+    assert first == same != other and "cpu" in first
 
 
 def test_a_server_that_is_not_there(tiny_run, tmp_path: Path, capfd) -> None:

@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +26,13 @@ from test_training import TINY, history, run, weights
 
 from medseg.config import resumed
 from medseg.data.sampling import PatchSampler
+from medseg.diagnosis import places
 from medseg.errors import Code, MedsegError
-from medseg.training.distributed import World, divide, launch, refuse_sweep
+from medseg.training.distributed import World, divide, refuse_sweep
+from medseg.training.launching import launch
+from medseg.training.lock import LOCK_FILE, locked
 from medseg.training.state import read_counters
-from medseg.training.train import train
+from medseg.training.train import say_shared_memory, train
 
 SAME = (
     "data.plan.batch_size=4",
@@ -58,6 +63,98 @@ def test_what_processes_tell_each_other(found: dict[str, Any]) -> None:
     assert first == {"rank": 0, "nan": 1.5} and second["rank"] == 1 and math.isnan(second["nan"])
     assert found["highest"] == (2.0, -1.0) and found["of main"] == (1.0,)
     assert found["told"] == ["ü", 1.0] and found["mean"] == 1.5
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="finds what listens in /proc")
+def test_nobody_outside_of_this_machine_is_listened_to(found: dict[str, Any]) -> None:
+    assert found["listening"], "gloo listens"
+    assert set(found["listening"]) <= {"0100007F", "00000000000000000000000001000000"}
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def obedient(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that has started two, and their ids."""
+    command = [sys.executable, str(Path(__file__).with_name("processes_work.py")), str(tmp_path)]
+    process = subprocess.Popen(command, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    own = [tmp_path / f"process{rank}" for rank in range(2)]
+    ids: list[int] = []
+    try:
+        wait_for(lambda: all(path.exists() and path.read_text() for path in own), process, "start")
+        ids += [int(path.read_text()) for path in own]
+        yield process, ids
+    finally:
+        process.kill()
+        process.wait()
+        for number in filter(is_alive, ids):
+            os.kill(number, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the processes in /proc")
+def test_signals_reach_all_processes(obedient: tuple[subprocess.Popen[str], list[int]], tmp_path: Path) -> None:
+    """SIGUSR1 has them save, and on they go; where the one that started them is killed, they stop as for SIGTERM."""
+    process, ids = obedient
+    process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: all((tmp_path / f"saved{rank}").exists() for rank in range(2)), process, "SIGUSR1")
+    assert all(is_alive(number) for number in ids)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 120
+    while any(is_alive(number) for number in ids):
+        assert time.monotonic() < end, "orphans"
+        time.sleep(0.1)
+    assert all((tmp_path / f"stopped{rank}").exists() for rank in range(2))
+
+
+def test_a_signal_to_stop_ends_all_processes(obedient: tuple[subprocess.Popen[str], list[int]], tmp_path: Path) -> None:
+    process, ids = obedient
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert not any(is_alive(number) for number in ids)
+    assert all((tmp_path / f"stopped{rank}").exists() for rank in range(2))
+
+
+def test_a_run_is_trained_by_one_at_a_time(tiny_run, tmp_path: Path) -> None:
+    """Two trainings into one run; folds beside each other; what is left of a training that was killed."""
+    (tmp_path / "folds.json").touch()
+    whole, fold, other = tmp_path, tmp_path / "fold_0", tmp_path / "fold_1"
+    fold.mkdir()
+    other.mkdir()
+    with locked(fold), locked(other):
+        for taken in (fold, whole):
+            with pytest.raises(MedsegError, match="E_OUTPUT: another process trains into this run"), locked(taken):
+                pass
+        with locked(fold, is_main=False):
+            pass
+        with locked(other, is_main=False):
+            pass
+    assert not list(tmp_path.rglob(LOCK_FILE))
+    with locked(whole), pytest.raises(MedsegError, match="another process trains"), locked(fold):
+        pass
+    with locked(fold):
+        pass
+    (fold / LOCK_FILE).touch()
+    with locked(fold):
+        pass
+    experiment = resumed(tiny_run.run, ["trainer.max_steps=3"])
+    with locked(tiny_run.run), pytest.raises(MedsegError, match="another process trains into this run"):
+        train(experiment, tiny_run.run, Console(file=io.StringIO()))
+
+
+def test_small_shared_memory_is_said_before_nccl_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(total=64 * 2**20, free=64 * 2**20)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: usage)
+    for device, is_said in (("auto", True), ("cuda", True), ("cpu", False), ("cuda:0", False)):
+        output = io.StringIO()
+        say_shared_memory(device, Console(file=output))
+        assert ("--shm-size 1g" in output.getvalue()) == is_said
 
 
 def test_alone_nothing_is_asked() -> None:
@@ -202,6 +299,58 @@ def test_torchrun_restarts_after_a_kill_and_stops_at_a_step(tiny_run, tmp_path: 
     assert stopped is not None and read_counters(folder).step == int(stopped.group(1)) > before, said
     steps = [int(row["step"]) for row in history(folder)]
     assert steps == list(range(1, steps[-1] + 1))  # each once
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the processes in /proc")
+def test_devices_save_on_usr1_and_leave_no_orphans(tiny_run, tmp_path: Path) -> None:
+    """`medseg train trainer.devices=2`: SIGUSR1, a second training into the run, and SIGKILL to what was started."""
+    folder, output = tmp_path / "run", (tmp_path / "output.txt").open("w")
+    settings = ("trainer.max_steps=100000", "trainer.num_validations=1", "trainer.save_minutes=600", "augment=none")
+    arguments = (*TINY, "data.plan.batch_size=2", f"data.root='{tiny_run.data}'", f"hydra.run.dir={folder}", *settings)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "medseg", "train", "trainer.devices=2", *arguments],
+        cwd=tmp_path,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    children: list[int] = []
+
+    def step() -> int:
+        return read_counters(folder).step if (folder / "checkpoints" / "latest.safetensors").exists() else 0
+
+    def has_trained() -> bool:
+        return (folder / "history.csv").exists() and len(history(folder)) > 2
+
+    try:
+        wait_for(has_trained, process, "first steps")
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                if int(path.read_text().rpartition(")")[2].split()[1]) == process.pid:
+                    children.append(int(path.parent.name))
+        assert len(children) >= 2 and step() == 0
+        process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: step() > 0, process, "SIGUSR1")
+        saved = step()
+        with pytest.raises(MedsegError, match="E_OUTPUT: another process trains into this run"):
+            train(resumed(folder, ["trainer.max_steps=1"]), folder, Console(file=io.StringIO()))
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 120
+        while any(is_alive(number) for number in children):
+            assert time.monotonic() < end, "orphans"
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+        for number in filter(is_alive, children):
+            os.kill(number, signal.SIGKILL)
+        output.close()
+    said = (tmp_path / "output.txt").read_text()
+    assert "stopped by SIGTERM at step" in (folder / "train.log").read_text(), said
+    assert step() > saved and not (folder / LOCK_FILE).exists(), said
 
 
 def test_a_lost_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

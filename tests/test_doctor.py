@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import io
 import json
 import platform
 import re
@@ -10,19 +11,24 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fuzz_formats import SMALL, write_cases
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEGLosslessSV1, RLELossless
+from rich.console import Console
 
 import medseg
 from medseg.bundle import write_manifest
 from medseg.bundle.manifest import Manifest
 from medseg.cli import main
+from medseg.config import compose
 from medseg.diagnosis import Check, Diagnosis, Status, diagnose, hardware, places, software
 from medseg.diagnosis.check import in_short
 from medseg.environment import driver, environment, revision
+from medseg.training.train import train
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -320,14 +326,54 @@ def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shared_memory_is_no_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "SHARED_MEMORY", tmp_path / "none")
     assert places.shared_memory() == Check(
-        str(tmp_path / "none"), Status.OK, "not there, and not needed: medseg works in threads"
+        str(tmp_path / "none"), Status.OK, "not there; only trainer.devices on several GPUs (NCCL) needs it"
     )
 
 
-def test_errors_are_told_without_the_home_folder() -> None:
+@pytest.mark.parametrize(
+    ("num_gpus", "mib", "status"), [(0, 64, "ok"), (1, 64, "ok"), (2, 64, "warn"), (2, 1024, "ok")]
+)
+def test_several_gpus_need_shared_memory(monkeypatch: pytest.MonkeyPatch, num_gpus: int, mib: int, status: str) -> None:
+    monkeypatch.setattr(places.torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(total=mib * 2**20, free=mib * 2**20))
+    check = places.shared_memory()
+    assert check.status == Status[status.upper()] and "NCCL" in check.found
+    assert ("--shm-size 1g" in (check.remedy or "")) == (status == "warn")
+
+
+def test_errors_are_told_without_folders() -> None:
     error = OSError(f"{Path.home()}/lib/x.so: undefined symbol\nand more")
-    assert in_short(error) == "OSError: ~/lib/x.so: undefined symbol"
+    assert in_short(error) == "OSError: x.so: undefined symbol"
     assert in_short(ValueError()) == "ValueError"
+    for text, said in (
+        ("/home/max.mustermann/lib/acme.so.1: cannot open", "acme.so.1: cannot open"),
+        ("[Errno 13] Permission denied: '/home/max.mustermann'", "[Errno 13] Permission denied: …"),
+        ("[Errno 13] Permission denied: '/home/max/Max Mustermann'", "[Errno 13] Permission denied: …"),
+        ("no /home/Max Mustermann/lib/acme.so, and no ~other/x", "no acme.so, and no …"),
+        (r"C:\Users\Max Mustermann\acme.dll is missing", "C:acme.dll is missing"),
+        ("cannot import 'a' (/home/mustermann/acme/__init__.py)", "cannot import 'a' …"),
+    ):
+        assert in_short(OSError(text)) == f"OSError: {said}"
+
+
+def test_the_table_of_the_manifest_is_made_before_the_loop_and_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def broken(*_: object) -> None:
+        begun.append((tmp_path / "run" / "history.csv").exists())
+        raise OSError("/home/max.mustermann/acme.so: gone")
+
+    monkeypatch.setattr("medseg.diagnosis.diagnose", broken)
+    write_cases(tmp_path / "data", 5)
+    cheap = ["trainer.final_predictions=false", "trainer.report=false", "data.store=null"]
+    settings = [setting for setting in SMALL if "report" not in setting]
+    experiment = compose("train", [f"data.root='{tmp_path / 'data'}'", *settings, *cheap])
+    train(experiment, tmp_path / "run", Console(file=io.StringIO()))
+    (check,) = Manifest.read(tmp_path / "run").made["checks"]
+    assert begun == [False]
+    assert check["status"] == "warn" and check["found"] == "OSError: acme.so: gone"
 
 
 def test_the_manifest_of_a_run_holds_the_table_of_a_bug_report(tiny_run) -> None:

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from rich.console import Console
 
+from medseg.cli.evaluate import evaluate as evaluate_verb
 from medseg.errors import MedsegError
 from medseg.formats import write_label
 from medseg.labels import Labels
 from medseg.metrics.masks import State
+from medseg.reports.comparison import compare, read_metrics
 from medseg.reports.evaluation import FOREGROUND, Evaluation, Row, evaluate_folders, evaluate_pair
 from medseg.reports.tables import print_evaluation
+from medseg.statistics import bootstrap_means
 from medseg.volume import Grid, Volume
 
 LABELS = Labels.from_mapping({"background": 0, "liver": 1, "spleen": 7})
@@ -280,3 +284,90 @@ def test_real_references_are_perfect_against_themselves(real_data: Path) -> None
     evaluation = evaluate_folders(reference, reference)
     assert evaluation.mean("dice") == evaluation.mean("surface_dice") == 1
     assert evaluation.mean("hd95") == 0
+
+
+# --- whose the cases are ---
+
+
+@pytest.fixture
+def scans_of_two(tmp_path: Path) -> tuple[Path, Path]:
+    """Six cases of two patients; within a patient nothing differs."""
+    (tmp_path / "data").mkdir()
+    for number in range(6):
+        save(tmp_path / "data" / "labels" / f"c{number}.nii.gz", organs())
+        save(tmp_path / "pred" / f"c{number}.nii.gz", organs(shift=number % 2))
+    return tmp_path / "pred", tmp_path / "data" / "labels"
+
+
+def table_of(path: Path, header: str = "case,patient", rows: str = "{case},{patient}") -> Path:
+    lines = [rows.format(case=f"c{number}", patient=("Ann", "Bo")[number % 2]) for number in range(6)]
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def test_intervals_are_over_patients_where_a_table_names_them(scans_of_two: tuple[Path, Path], tmp_path: Path) -> None:
+    by_case = evaluate_folders(*scans_of_two, labels=LABELS)
+    assert not by_case.patients and by_case.intervals[FOREGROUND, "dice"].num_patients == 6
+    table = table_of(tmp_path / "whose.csv", "id;Subject", "{case}_seg.nii.gz;{patient}")
+    scores = tmp_path / "scores"
+    done = CliRunner().invoke(
+        evaluate_verb,
+        [*map(str, scans_of_two), "--labels", str(LABELS.to_json()), "--patients", str(table), "-o", str(scores)],
+        catch_exceptions=False,
+    )
+    assert done.exit_code == 0 and "6 cases of 2 patients" in done.output
+    document = json.loads((scores / "metrics.json").read_text())
+    assert document["patients"] == {f"c{number}": number % 2 for number in range(6)}
+    assert "2 patients" in document["warning"] and "Ann" not in (scores / "metrics.json").read_text()
+    # the interval that the patients' means alone give: within a patient nothing differs
+    dice = [row["dice"] for row in document["cases"] if row["class"] == "liver"]
+    (expected,) = bootstrap_means(dice[:2])
+    found = document["summary"]["liver"]["metrics"]["dice"]
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    case_interval = by_case.intervals["liver", "dice"]
+    assert found["high"] - found["low"] > 1.1 * (case_interval.high - case_interval.low)
+    # what medseg compare reads of it
+    compared = compare(read_metrics(scores), read_metrics(scores))
+    assert (compared.units, compared.num_patients) == ("patients", 2)
+
+
+@pytest.mark.parametrize("place", ["data/manifest.csv", "data/labels/manifest.csv", "data/manifest.json"])
+def test_the_manifest_of_the_references_names_the_patients(
+    scans_of_two: tuple[Path, Path], tmp_path: Path, place: str
+) -> None:
+    table_of(
+        tmp_path / "m.csv", "case,image,label,patient", "{case},images/{case}.nii.gz,labels/{case}.nii.gz,{patient}"
+    )
+    if place.endswith(".json"):
+        rows = list(csv.DictReader((tmp_path / "m.csv").open()))
+        (tmp_path / "m.csv").write_text(json.dumps({"cases": rows}))
+    (tmp_path / "m.csv").rename(tmp_path / place)
+    evaluation = evaluate_folders(*scans_of_two, labels=LABELS)
+    assert evaluation.patients == {f"c{number}": ("Ann", "Bo")[number % 2] for number in range(6)}
+    assert evaluation.intervals["liver", "dice"].num_patients == 2
+
+
+def test_bids_names_tell_the_patients(tmp_path: Path) -> None:
+    for case in ("sub-01_ses-1_T1w", "sub-01_ses-2_T1w", "sub-02_T1w"):
+        save(tmp_path / "ref" / f"{case}.nii.gz", organs())
+    evaluation = evaluate_folders(tmp_path / "ref", tmp_path / "ref", labels=LABELS)
+    assert set(evaluation.patients.values()) == {"sub-01", "sub-02"}
+    assert evaluation.intervals["liver", "dice"].num_patients == 2
+
+
+def test_a_table_of_patients_that_leaves_questions_is_refused(scans_of_two: tuple[Path, Path], tmp_path: Path) -> None:
+    table = table_of(tmp_path / "whose.csv")
+    text = table.read_text()
+    table.write_text(text.replace("c4,Ann\n", ""))
+    with pytest.raises(MedsegError, match=r"(?s)E_MISSING: the patient of 1 cases.*whose.csv.*c4"):
+        evaluate_folders(*scans_of_two, labels=LABELS, patients=table)
+    table.write_text(text + "c4.nii.gz,Bo\n")
+    with pytest.raises(MedsegError, match=r"(?s)E_DUPLICATE_ID.*two patients.*c4"):
+        evaluate_folders(*scans_of_two, labels=LABELS, patients=table)
+    with pytest.raises(MedsegError, match=r"E_MISSING: there is no such table"):
+        evaluate_folders(*scans_of_two, labels=LABELS, patients=tmp_path / "none.csv")
+    table.write_text('{"a": 1}')
+    with pytest.raises(MedsegError, match=r"(?s)E_MISSING.*case,patient"):
+        evaluate_folders(*scans_of_two, labels=LABELS, patients=table)
+    with pytest.raises(MedsegError, match=r"E_CONFIG: the manifest is no list"):
+        evaluate_folders(*scans_of_two, labels=LABELS, patients=table.rename(tmp_path / "whose.json"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,15 +15,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from peak import IMPORT
 from PIL import Image
 from scipy import ndimage
 
 from medseg.cli.evaluate import evaluate as evaluate_verb
 from medseg.errors import MedsegError
-from medseg.formats import Reading, write_label
+from medseg.formats import Reading, nifti, open_channels, open_volume, write_label
 from medseg.formats.shares import write_shares
 from medseg.labels import Labels
-from medseg.reports.calibrated import NEAR_MM, Probabilities, calibrated
+from medseg.reports.calibrated import NEAR_MM, Probabilities, Shares, calibrated
 from medseg.reports.evaluation import evaluate_folders
 from medseg.torchvision_compat import prepare_torchvision
 from medseg.volume import Grid, Volume
@@ -37,6 +40,10 @@ def run(*arguments: object) -> str:
 
 
 # --- probabilities ---
+
+
+def shares_of(p: NDArray[np.float32], grid: Grid = GRID, classes: Labels | None = None) -> Shares:
+    return Shares(len(p), iter([Volume(channel, grid) for channel in p]), classes)
 
 
 def probabilities_of(seed: int, num: int = 3, shape: tuple[int, ...] = GRID.shape) -> NDArray[np.float32]:
@@ -141,7 +148,7 @@ def test_regions_are_a_question_each() -> None:
     labels = Labels.from_mapping({"background": 0, "whole": [1, 2], "core": 2, "ignore": 9})
     p = probabilities_of(3)[:2]
     values = np.random.default_rng(0).choice([0, 1, 2, 9], GRID.shape).astype(np.uint8)
-    found = calibrated(Volume(p, GRID), Volume(values, GRID), labels, "x").scan
+    found = calibrated(shares_of(p), Volume(values, GRID), labels, "x").scan
     counted = values != 9
     whole, core = (
         (np.stack([1 - share, share])[:, counted], np.isin(values, of)[counted].astype(np.uint8))
@@ -158,9 +165,17 @@ def test_pictures_have_a_file_for_each_class(tmp_path: Path) -> None:
     for index, share in enumerate(p):
         write_shares(tmp_path / f"x_1_{index:03d}.png", Volume(share, grid))
     read = Probabilities(tmp_path).read("x_1")
-    np.testing.assert_allclose(read.array, p, atol=1e-5)
+    assert read.number == 3
+    np.testing.assert_allclose(np.stack([channel.array for channel in read.channels]), p, atol=1e-5)
+    (tmp_path / "coloured").mkdir()
+    for index in range(2):
+        colours = np.zeros((32, 40, 3), np.uint8)
+        colours[..., 0] = 200
+        Image.fromarray(colours).save(tmp_path / "coloured" / f"x_{index:03d}.png")
+    with pytest.raises(MedsegError, match=r"(?s)E_CHANNELS.*x_000.png.*3 channels"):
+        list(Probabilities(tmp_path / "coloured").read("x").channels)
     truth = reference_of(p, 5)
-    found = calibrated(read, Volume(LABELS.to_values(truth), grid), LABELS, "x_1")
+    found = calibrated(Probabilities(tmp_path).read("x_1"), Volume(LABELS.to_values(truth), grid), LABELS, "x_1")
     assert found.scan.ece == pytest.approx(ece_by_the_papers_program(p, truth), abs=1e-4)
 
 
@@ -175,9 +190,139 @@ def test_what_are_no_probabilities_of_these_cases_is_refused(predicted, tmp_path
     (folder / "b.nii.gz").unlink()
     with pytest.raises(MedsegError, match=r"(?s)E_MISSING: there are no probabilities.*where: +b\b.*--probabilities"):
         evaluate_folders(tmp_path / "out", tmp_path / "ref", probabilities=folder)
-    moved = Volume(predicted["a"][0], Grid(GRID.shape, GRID.affine @ np.diag([1.5, 1, 1, 1])))
+    moved = shares_of(predicted["a"][0], Grid(GRID.shape, GRID.affine @ np.diag([1.5, 1, 1, 1])))
     with pytest.raises(MedsegError, match="E_GRID"):
         calibrated(moved, Volume(LABELS.to_values(predicted["a"][1]), GRID), LABELS, "a")
+
+
+SWAPPED = "{background: 0, spleen: 2, liver: 1}"
+"""The classes of the model, which `LABELS` has in their order, in another order."""
+
+
+def test_the_order_of_the_classes_is_that_of_the_model(predicted, tmp_path: Path) -> None:
+    """What `--labels` or a dataset.json declares may be in another order than the channels."""
+    folder, scores = tmp_path / "out" / "probabilities", tmp_path / "scores"
+    expected = [ece_by_the_papers_program(*predicted[case]) for case in ("a", "b")]
+    for place in (folder, tmp_path / "out" / "probabilities" / "a.nii.gz"):
+        predictions, references = (tmp_path / name / (place.name if place.is_file() else "") for name in ("out", "ref"))
+        run(predictions, references, "--probabilities", place, "--labels", SWAPPED, "-o", scores)
+        found = [float(row["ece"]) for row in csv.DictReader((scores / "calibration.csv").open())]
+        assert found == pytest.approx(expected[: len(found)], abs=1e-4)
+    # Of the folder alone nobody knows the classes, but the label maps came of them
+    folder.rename(tmp_path / "moved")
+    arguments = (tmp_path / "out", tmp_path / "ref", "--probabilities", tmp_path / "moved", "--labels")
+    with pytest.raises(
+        MedsegError, match=r"(?s)E_LABEL.*another order.*spleen, liver.*liver, spleen.*predictions.json"
+    ):
+        run(*arguments, SWAPPED)
+    run(*arguments, "{background: 0, liver: 1, spleen: 2}")
+    (tmp_path / "moved" / "predictions.json").write_text('{"labels": {"background": 0, "liver": 1, "vein": 3}}')
+    with pytest.raises(MedsegError, match=r"(?s)E_LABEL.*other classes.*'vein': 3"):
+        run(*arguments, SWAPPED)
+
+
+def test_the_order_of_regions_is_that_of_the_model() -> None:
+    model = Labels.from_mapping({"background": 0, "whole": [1, 2], "core": 2, "regions_class_order": [1, 2]})
+    table = Labels.from_mapping({"background": 0, "core": 2, "whole": [1, 2], "regions_class_order": [2, 1]})
+    values = np.zeros(GRID.shape, np.uint8)
+    values[5:25, 4:20], values[10:20, 8:14] = 1, 2
+    truth, p = Volume(values, GRID), np.stack([values > 0, values == 2]).astype(np.float32)
+    assert calibrated(shares_of(p, classes=model), truth, table, "x", predicted=truth).scan.ece == 0
+    assert calibrated(shares_of(p), truth, model, "x", predicted=truth).scan.ece == 0
+    with pytest.raises(MedsegError, match=r"(?s)E_LABEL.*another order"):
+        calibrated(shares_of(p), truth, table, "x", predicted=truth)
+
+
+def test_a_part_of_the_classes_was_written(predicted, tmp_path: Path) -> None:
+    """`predict --classes spleen`: the table and the label maps have a class less than the probabilities."""
+    p, truth = predicted["a"]
+    table = {"background": [0, 1], "spleen": 2}
+    (tmp_path / "out" / "predictions.json").write_text(json.dumps({"labels": table}))
+    written = np.where(p.argmax(0) == 2, 2, 0).astype(np.uint8)
+    write_label(tmp_path / "out" / "a.nii.gz", Volume(written, GRID))
+    run(tmp_path / "out", tmp_path / "ref", "--probabilities", tmp_path / "out" / "probabilities", "-o",
+        tmp_path / "scores", "--labels", "{background: 0, liver: 1, spleen: 2}")  # fmt: skip
+    row = next(csv.DictReader((tmp_path / "scores" / "calibration.csv").open()))
+    assert float(row["ece"]) == pytest.approx(ece_by_the_papers_program(p, truth), abs=1e-4)
+
+
+def test_a_case_without_a_prediction_is_counted_beside_the_mean_ece(predicted, tmp_path: Path) -> None:
+    arguments = (tmp_path / "out", tmp_path / "ref", "--probabilities", tmp_path / "out" / "probabilities", "-o",
+                 tmp_path / "scores")  # fmt: skip
+    assert "cases)" not in run(*arguments) and "of 2 cases" not in run(*arguments)
+    (tmp_path / "out" / "b.nii.gz").unlink()
+    assert "in 1 of 2 cases" in " ".join(run(*arguments, "--missing", "count", "--report").split())
+    rows = list(csv.DictReader((tmp_path / "scores" / "calibration.csv").open()))
+    assert [(row["case"], row["ece"] != "", row["num_voxels"]) for row in rows] == [
+        ("a", True, str(np.prod(GRID.shape))), ("b", False, "0")
+    ]  # fmt: skip
+    document = json.loads((tmp_path / "scores" / "metrics.json").read_text())["calibration"]
+    assert (document["num_cases"], document["scan"]["n"], document["near"]["n"]) == (2, 1, 1)
+    assert document["scan"]["mean_ece"] == pytest.approx(float(rows[0]["ece"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000, 5760, 2**22])
+def test_channels_in_turn_are_those_of_the_volume(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nifti, "CHUNK_VOXELS", chunk)
+    p = probabilities_of(0)
+    write_shares(tmp_path / "x.nii.gz", Volume(p, GRID))
+    number, channels = open_channels(tmp_path / "x.nii.gz")
+    assert number == 3
+    expected = open_volume(tmp_path / "x.nii.gz", Reading(channels=True)).array
+    np.testing.assert_array_equal(np.stack([channel.array for channel in channels]), expected)
+    content = bytearray((tmp_path / "x.nii.gz").read_bytes())
+    content[-6] ^= 1  # of the checksum
+    (tmp_path / "x.nii.gz").write_bytes(content)
+    with pytest.raises(MedsegError, match="E_TRUNCATED"):
+        list(open_channels(tmp_path / "x.nii.gz")[1])
+    p[2, 0, 0, 0] = np.nan
+    nibabel.save(nibabel.Nifti1Image(np.moveaxis(p, 0, -1), GRID.affine), tmp_path / "y.nii")
+    with pytest.raises(MedsegError, match=r"(?s)E_NONFINITE.*1 of 17280"):
+        list(open_channels(tmp_path / "y.nii")[1])
+
+
+PEAK_PROGRAM = (
+    IMPORT
+    + """
+from pathlib import Path
+from medseg.formats import nifti
+from medseg.metrics import calibration
+from medseg.reports.evaluation import evaluate_folders
+
+nifti.CHUNK_VOXELS = calibration._VOXELS_PER_CHUNK = 2**17  # what a chunk takes is the same for every scan
+for name in sys.argv[2:]:
+    before, folder = peak_bytes(), Path(sys.argv[1], name)
+    found = evaluate_folders(folder / "out", folder / "ref", names=("dice",), probabilities=folder / "probabilities")
+    print(found.calibrations["x"].scan.ece, peak_bytes() - before)
+"""
+)
+
+
+def test_memory_does_not_grow_with_the_number_of_classes(tmp_path: Path) -> None:
+    num, shapes = 24, {"small": (8, 8, 8), "large": (128, 128, 96)}
+    for name, shape in shapes.items():
+        grid = Grid(shape, np.eye(4))
+        truth = (np.indices(shape).sum(0) // 16 % num).astype(np.uint8)
+        for folder in ("out", "ref"):
+            (tmp_path / name / folder).mkdir(parents=True)
+            write_label(tmp_path / name / folder / "x.nii.gz", Volume(truth, grid))
+        (tmp_path / name / "probabilities").mkdir()
+        p = np.empty((num, *shape), np.float16)
+        for index, channel in enumerate(p):
+            channel[:] = np.where(truth == index, 0.75, 0.25 / (num - 1))
+        write_shares(tmp_path / name / "probabilities" / "x.nii.gz", Volume(p, grid))
+        (tmp_path / name / "out" / "predictions.json").write_text(
+            json.dumps({"labels": {f"class {index}": index for index in range(num)}})
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_PROGRAM, str(tmp_path), *shapes], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    ece, grown = map(float, done.stdout.splitlines()[-1].split())
+    assert ece == pytest.approx(0.25, abs=1e-3)
+    voxels = float(np.prod(shapes["large"]))
+    # whole, the channels take 4 bytes for each voxel and class, and it was 3.7 times that
+    assert grown < 40 * voxels < 0.5 * 4 * num * voxels, f"{grown / voxels:.1f} bytes for each voxel"
 
 
 def scans_in(folder: Path) -> Path:

@@ -142,6 +142,18 @@ def test_effective_fields_are_those_of_the_scan(tiny_run, capsys, tmp_path):
     assert fields[0] != fields[1] != fields[2] != fields[0]
 
 
+def test_pictures_go_to_tensorboard(tiny_run, tmp_path, capsys, refused):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    inspect(tiny_run.run, "--image", tiny_run.dicom, "-o", tmp_path, "--tensorboard", "--class", "background",
+            "--show", "filters,maps,excitation,saliency", "--steps", 1)  # fmt: skip
+    assert "tensorboard --logdir" in capsys.readouterr().out
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    files = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.png")}
+    assert set(events.Tags()["images"]) == files
+    assert {"filters", "saliency_grad_cam", "maps/encoder.0", "excitation/encoder.0"} <= files
+    assert "--tensorboard" in refused(tiny_run.run, "--tensorboard")
+
+
 def test_a_run_alone_shows_its_filters(tiny_run, tmp_path, capsys):
     inspect(tiny_run.run, "-o", tmp_path / "out", "--show", "filters")
     assert "4 filters of encoder.0" in capsys.readouterr().out

@@ -125,6 +125,20 @@ def test_faults_of_the_machine_are_told_from_those_of_the_program(error: BaseExc
     assert of_machine(KeyError("a")) is None and of_machine(FileNotFoundError(errno.ENOENT, "gone")) is None
 
 
+def test_small_shared_memory_is_no_full_disk() -> None:
+    """NCCL in a container with Docker's 64 MB: its words as PyTorch passes them on."""
+    said = (
+        "NCCL error in: NCCLUtils.cpp:94\nncclSystemError: System call (e.g. socket, malloc) or external library call "
+        "failed\nError while creating shared memory segment /dev/shm/nccl-cjY8K5 (size 10617216), error: No space left "
+        "on device (28)"
+    )
+    for error in (torch.distributed.DistBackendError(said), OSError(errno.ENOSPC, "No space left", "/dev/shm/nccl-1")):
+        refusal = of_machine(error)
+        assert refusal is not None and refusal.code is Code.LIMIT and "--shm-size 1g" in str(refusal)
+    mine = of_machine(OSError(errno.ENOSPC, "No space left on device", "/dev/shm/of/mine.nii.gz"))
+    assert mine is not None and mine.code is Code.OUTPUT
+
+
 def begin(given: Materials, folder: Path, *settings: str) -> tuple[int, str]:
     command = SCENARIOS["train"].command(folder, given)
     if not any(setting.startswith("trainer.final_predictions") for setting in settings):

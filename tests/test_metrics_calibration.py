@@ -12,7 +12,7 @@ import torch
 from medseg.errors import MedsegError
 from medseg.labels import IGNORE_INDEX
 from medseg.metrics import calibration as calibration_module
-from medseg.metrics.calibration import calibration
+from medseg.metrics.calibration import Decided, calibration
 
 
 def case(seed: int = 0, sharpness: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
@@ -54,6 +54,24 @@ def test_agrees_with_a_loop_and_with_the_papers_program(num_bins: int, monkeypat
     assert found.ece == pytest.approx(error, rel=1e-6)
 
 
+def test_channels_one_after_the_other_in_any_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_module, "_VOXELS_PER_CHUNK", 50)
+    probabilities, reference = case(2)
+    expected = calibration(probabilities, reference)
+    found = calibration((np.asfortranarray(channel)[::-1] for channel in probabilities), reference[::-1])
+    assert found.ece == pytest.approx(expected.ece, rel=1e-12) and found.counts.tolist() == expected.counts.tolist()
+    order = [2, 0, 3, 1]
+    decided = Decided.of((probabilities[index] for index in order), order)
+    np.testing.assert_array_equal(decided.classes, probabilities.argmax(0))
+    box = (slice(1, 4), slice(2, 7), slice(0, 3))
+    part = calibration(probabilities[(slice(None), *box)], reference[box])
+    assert calibration(decided[box], reference[box]).ece == pytest.approx(part.ece)
+    nothing = decided[(slice(0, 0),) * 3]
+    assert math.isnan(calibration(nothing, reference[(slice(0, 0),) * 3]).ece)
+    equal = Decided.of(np.full((3, 4), 1 / 3))
+    assert equal.classes.tolist() == [0] * 4
+
+
 def test_calibrated_and_overconfident() -> None:
     probabilities, reference = case(1)
     sharp = probabilities**6 / (probabilities**6).sum(0)
@@ -80,6 +98,12 @@ def test_refusals() -> None:
         calibration(np.log(probabilities), reference)
     with pytest.raises(MedsegError, match="E_CONFIG"):
         calibration(probabilities * np.nan, reference)
+    with pytest.raises(MedsegError, match="E_CONFIG.*(\n.*)*negative"):
+        calibration(np.stack([1.25 * probabilities[0] ** 0, -0.25 * probabilities[0] ** 0]), 0 * reference)
+    with pytest.raises(MedsegError, match="E_GRID"):
+        calibration(iter([probabilities[0], probabilities[1][1:]]), reference)
+    with pytest.raises(MedsegError, match="E_GRID"):
+        calibration(iter(()), reference)
     with pytest.raises(MedsegError, match="E_LABEL.*(\n.*)*0 … 3"):
         calibration(probabilities, reference + 1)
     with pytest.raises(MedsegError, match="num_bins"):

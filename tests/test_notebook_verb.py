@@ -77,6 +77,9 @@ def test_jupyter_serves_the_notebooks_and_stops(tmp_path: Path) -> None:
         assert served["type"] == "notebook" and "Inspect predictions" in str(served["content"]["cells"][0]["source"])
         names = {entry["name"] for entry in json.loads(answer(port, "/api/contents"))["content"]}
         assert names >= {path.name for path in verb.shipped_notebooks()}
+        settings = json.loads(answer(port, "/lab/api/settings/@jupyterlab/apputils-extension:notification"))
+        defaults = {name: field.get("default") for name, field in settings["schema"]["properties"].items()}
+        assert defaults["fetchNews"] == "false" and defaults["checkForUpdates"] is False  # and nobody is asked
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -20,7 +22,10 @@ from medseg.cli.predict import EXIT_BAD_CASES
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT
 from medseg.inference.ensemble import Ensemble
-from medseg.inference.manifest import MANIFEST_FILE
+from medseg.inference.job import Job
+from medseg.inference.manifest import DELIVERING, MANIFEST_FILE
+from medseg.inference.verification import Status, verify
+from medseg.remote import exchange, storage
 from medseg.remote.exchange import PREFIX, Remote, Unreachable
 from medseg.remote.storage import StorageSink, StorageSource, Store
 
@@ -171,6 +176,136 @@ def test_channels_and_folders_become_cases(bucket) -> None:
     assert before == {c.case_id: c for c in source.cases()}["p1_x"].key[0]
     bucket.pipe_file("hospital/in/p1/x_0001.nii.gz", b"something else")
     assert before != {c.case_id: c for c in source.cases()}["p1_x"].key[0]
+
+
+def test_paths_that_become_one_id_are_refused(bucket) -> None:
+    for name in ("site1/a/scan.nii.gz", "site1_a/scan.nii.gz"):
+        bucket.pipe_file(f"hospital/in/{name}", name.encode())
+    with pytest.raises(MedsegError, match="site1_a_scan") as caught:
+        StorageSource("s3://hospital/in", ("CT",), STRICT).cases()
+    assert caught.value.code is Code.DUPLICATE_ID
+    for number, names in enumerate((("ct/IM1", "ct.nii.gz"), ("x.nii.gz", "x_0000.nii.gz"))):
+        for name in names:
+            bucket.pipe_file(f"hospital/in{number}/{name}", name.encode())
+        with pytest.raises(MedsegError, match="E_DUPLICATE_ID"):
+            StorageSource(f"s3://hospital/in{number}", ("T1", "T2"), STRICT).cases()
+
+
+def test_labels_are_no_scans(bucket) -> None:
+    for name in (
+        "imagesTr/a.nii.gz",
+        "labelsTr/a.nii.gz",
+        "y/x.nii.gz",
+        "y/x_seg.nii.gz",
+        "y/Masks/x.nii.gz",
+        "seg.nii",
+    ):
+        bucket.pipe_file(f"hospital/in/{name}", name.encode())
+    cases = StorageSource("s3://hospital/in", ("CT",), STRICT).cases()
+    assert [case.case_id for case in cases] == ["imagesTr_a", "seg", "y_x"]
+
+
+def test_room_is_looked_for_before_anything_is_fetched(bucket, tmp_path: Path, monkeypatch) -> None:
+    bucket.pipe_file("hospital/in/a.nii.gz", b"0" * 1000)
+    source = StorageSource("s3://hospital/in", ("CT",), STRICT)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1200))
+    monkeypatch.setattr(Store, "get", lambda *arguments: pytest.fail("fetched"))
+    (case,) = source.cases()
+    with pytest.raises(MedsegError, match="E_LIMIT") as caught:
+        source.fetch(case, tmp_path)
+    assert caught.value.got == "1000 bytes"
+
+
+def test_another_place_gets_all_files_and_verify_says_where_they_are(bucket, tiny_run, tmp_path: Path, capfd) -> None:
+    out, to = tmp_path / "out", ("--to", "storage")
+    predict(tiny_run.run, tiny_run.dicom, *to, "s3://hospital/one", "-o", out)
+    name = f"{tiny_run.dicom.name}.nii.gz"
+    found = {finding.name: finding for finding in verify(out).findings}
+    assert verify(out).is_ok and found[name].status is Status.UNKNOWN and "elsewhere" in found[name].detail
+    predict(tiny_run.run, tiny_run.dicom, *to, "s3://hospital/two", "-o", out, "--resume")
+    assert "done before" not in capfd.readouterr().out
+    assert name in names_in(bucket, "hospital/two")
+    predict(tiny_run.run, tiny_run.dicom, *to, "s3://hospital/two/", "-o", out, "--resume")
+    assert "1 done before" in capfd.readouterr().out
+    predict(tiny_run.run, tiny_run.dicom, "-o", out, "--resume")  # and here
+    assert (out / name).is_file() and verify(out).is_ok
+    (out / name).unlink()
+    assert not verify(out).is_ok
+
+
+def test_a_correction_in_the_store_is_not_replaced_unasked(bucket, tiny_run, tmp_path: Path, capfd) -> None:
+    scans = sorted((tiny_run.data / "imagesTr").glob("*.nii.gz"))
+    for name, source in zip(("a", "b"), scans, strict=False):
+        bucket.put_file(str(source), f"hospital/scans/{name}.nii.gz")
+    ends = ("--from", "storage", "s3://hospital/scans", "--to", "storage", "s3://hospital/labels", "-o", tmp_path / "o")
+    predict(tiny_run.run, *ends)
+    bucket.pipe_file("hospital/labels/a.nii.gz", b"corrected by hand")
+    again = (*ends, "--resume", "--on-bad-case", "skip", "--step", "0.6")  # other options: all is done again
+    predict(tiny_run.run, *again, status=EXIT_BAD_CASES)
+    assert "a is bad and left out: E_OUTPUT" in capfd.readouterr().out
+    assert bucket.cat_file("hospital/labels/a.nii.gz") == b"corrected by hand"
+    assert "failed" not in cases_of(tmp_path / "o")["b"]  # what is ours is replaced
+    predict(tiny_run.run, *again, "--overwrite")
+    assert bucket.cat_file("hospital/labels/a.nii.gz") != b"corrected by hand"
+    # Somebody else's objects, and nothing here that says otherwise.
+    predict(tiny_run.run, *ends[:6], "-o", tmp_path / "new", "--resume", status=2)
+    assert "is not empty" in capfd.readouterr().err
+
+
+def test_what_was_delivered_just_before_a_crash_is_ours(bucket, tiny_run, tmp_path: Path, monkeypatch, capfd) -> None:
+    out = tmp_path / "out"
+    command = (tiny_run.dicom, "--to", "storage", "s3://hospital/x", "--format", "dicom-seg", "-o", out, "--resume")
+
+    def killed(self, done) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "settle", killed)
+        with pytest.raises(SystemExit):
+            main(["predict", str(tiny_run.run), "--device", "cpu", "--precision", "fp32", *map(str, command)])
+    assert (out / DELIVERING / f"{tiny_run.dicom.name}.json").is_file() and not (out / MANIFEST_FILE).exists()
+    name = f"{tiny_run.dicom.name}.seg.dcm"
+    first = bucket.cat_file(f"hospital/x/{name}")
+    predict(tiny_run.run, *command)  # a SEG has another UID and time: only the announcement knows the first
+    assert bucket.cat_file(f"hospital/x/{name}") != first
+    assert cases_of(out)[tiny_run.dicom.name]["delivered"].keys() == {name} and not (out / DELIVERING).exists()
+
+
+def test_a_disk_without_room_ends_the_work(bucket, tiny_run, tmp_path: Path, monkeypatch, capfd) -> None:
+    scans = sorted((tiny_run.data / "imagesTr").glob("*.nii.gz"))
+    for name, source in zip(("a", "b"), scans, strict=False):
+        bucket.put_file(str(source), f"hospital/scans/{name}.nii.gz")
+    origin = ("--from", "storage", "s3://hospital/scans", "--on-bad-case", "skip", "-o", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange, "MIN_FREE_BYTES", 2**62)
+        predict(tiny_run.run, *origin, status=2)
+    assert "E_OUTPUT: a scan cannot be kept" in capfd.readouterr().err
+    assert [line["failed"]["code"] for line in cases_of(tmp_path / "out").values()] == ["E_OUTPUT"]
+
+    def full(self, files, identity) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(StorageSink, "deliver", full)
+    predict(tiny_run.run, *origin, "--to", "storage", "s3://hospital/y", "--resume", status=2)
+    assert "E_OUTPUT: the files cannot be written" in capfd.readouterr().err
+
+
+def test_the_tables_follow_work_alone_and_hide_no_error(bucket, tiny_run, tmp_path: Path, monkeypatch, capfd) -> None:
+    out = tmp_path / "out"
+    predict(tiny_run.run, tiny_run.dicom, "-o", out)
+    to = ("--to", "storage", "s3://hospital/x", "-o", out)
+    predict(tiny_run.run, tiny_run.dicom, *to, status=2)  # refused: the files are there
+    assert "exist already" in capfd.readouterr().err and names_in(bucket, "hospital/x") == []
+    (tmp_path / "cut.nii.gz").write_bytes(b"no scan")
+
+    def refused(self, folder) -> None:
+        raise Unreachable(Code.ARCHIVE, "the object store refuses")
+
+    monkeypatch.setattr(StorageSink, "end", refused)
+    predict(tiny_run.run, tmp_path / "cut.nii.gz", *to, status=2)
+    said = capfd.readouterr()
+    assert "E_ARCHIVE" not in said.err and "E_" in said.err
+    assert "the tables were not delivered: the object store refuses" in said.out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -29,10 +30,42 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def checked_out() -> str:
+    if not (REPOSITORY / ".git").exists():
+        return ""
+    return subprocess.check_output(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], text=True).strip()
+
+
+def test_a_checkout_knows_better_than_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that was exported for another build names no other commit in a wheel made of this checkout."""
+    spec = importlib.util.spec_from_file_location("hatch_build", REPOSITORY / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+
+    def written(version: str = "standard") -> str | None:
+        hook = module.RevisionHook(str(tmp_path), {}, None, None, "", "wheel")
+        build_data: dict[str, dict[str, str]] = {"force_include": {}}
+        hook.initialize(version, build_data)
+        found = [Path(path).read_text() for path in build_data["force_include"]]
+        hook.finalize(version, build_data, "")
+        return found[0].strip() if found else None
+
+    monkeypatch.delenv("MEDSEG_REVISION", raising=False)
+    assert written() is None
+    monkeypatch.setenv("MEDSEG_REVISION", COMMIT)
+    assert written() == COMMIT and written("editable") is None
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "a"], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    assert written() == head != COMMIT
+
+
 def test_wheel_holds_all_that_is_needed_and_no_more(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-        assert archive.read("medseg/revision.txt").decode() == f"{COMMIT}\n"
+        assert archive.read("medseg/revision.txt").decode() == f"{checked_out() or COMMIT}\n"
     configs = {f"medseg/{p.relative_to(REPOSITORY)}" for p in (REPOSITORY / "configs").rglob("*.yaml")}
     modules = {str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "medseg").rglob("*.py")}
     assert configs

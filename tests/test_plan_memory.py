@@ -47,6 +47,21 @@ def test_what_is_counted_grows_with_patch_and_batch() -> None:
     assert small.bytes_of(1, device="cpu", precision="fp32") > first
 
 
+def test_parts_and_processes_share_the_memory_and_each_has_a_sample() -> None:
+    data, config = (
+        found((512, 512, 400), (1.0,) * 3, "RAS"),
+        PlanConfig(memory_gb=8, batch_size=64, patch_size=(64, 64, 64)),
+    )
+    whole, parts, gpus = (
+        make_plan(data, config, machine_for(data, config, device="cuda", **ways))
+        for ways in ({}, {"accumulate": 16}, {"processes": 4, "accumulate": 4})
+    )
+    assert takes_too_much(whole) and not takes_too_much(parts)
+    assert parts.memory_gb == gpus.memory_gb < whole.memory_gb / 4
+    left_open = PlanConfig(memory_gb=8)
+    assert make_plan(data, left_open, machine_for(data, left_open, device="cuda", processes=5)).batch_size >= 5
+
+
 @pytest.mark.parametrize("name", ["unet", "residual_encoder_unet"])
 @pytest.mark.parametrize("memory", [4.0, 8.0, 24.0, 80.0])
 @pytest.mark.parametrize("shape", [(512, 512, 400), (1024, 1200)])

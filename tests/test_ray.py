@@ -10,6 +10,7 @@ import secrets
 import shutil
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,12 +26,23 @@ from medseg.cli.predict import EXIT_BAD_CASES
 from medseg.data.inputs import find_inputs
 from medseg.data.layouts import Case
 from medseg.errors import Code, MedsegError
+from medseg.formats.dicom.archive import unpacked
 from medseg.inference.ensemble import Ensemble
 from medseg.inference.export import Made
 from medseg.inference.folder import predict_inputs
-from medseg.inference.job import Done, Options, Scan
+from medseg.inference.job import Done, Job, Options, Scan
 from medseg.inference.manifest import MANIFEST_FILE, Entry, digest_of_file
-from medseg.remote.cluster import AHEAD, ATTEMPTS, Failed, Pool, Worker, _sendable, located, ray_engine
+from medseg.remote.cluster import (
+    AHEAD,
+    ATTEMPTS,
+    Failed,
+    Pool,
+    Worker,
+    _refuse_unpacked,
+    _sendable,
+    located,
+    ray_engine,
+)
 from medseg.remote.exchange import Unreachable
 
 
@@ -117,6 +129,7 @@ class Books:
         self.bad: dict[str, Exception] = {}
         self.before: list[str] = []
         self.digests: dict[str, str] = {}
+        self.refused: dict[str, MedsegError] = {}
         self.fatal: Exception | None = None
         self.on_bad_case = on_bad_case
         self.console = Console(file=io.StringIO(), width=200)
@@ -222,6 +235,34 @@ def test_an_archive_that_is_out_of_reach_ends_the_work() -> None:
     assert not books.bad and set(ray.killed) == set(ray.workers)
 
 
+def test_what_is_known_to_be_bad_is_given_to_no_worker() -> None:
+    books, tried = Books(), []
+
+    def on_case(worker: FakeWorker, case: Case) -> Done:
+        tried.append(case.case_id)
+        return done(case)
+
+    refusal = books.refused["c05"] = MedsegError(Code.OUTPUT, "no DICOM scan")
+    pool(FakeRay(on_case), books).work(CASES)
+    assert books.bad == {"c05": refusal} and sorted(books.settled) == sorted(tried) == [n for n in ALL if n != "c05"]
+
+
+def test_what_was_unpacked_here_is_refused_where_other_nodes_work(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "scans.zip", "w") as archive:
+        archive.writestr("scans/a.txt", "a")
+    inside = Case("a", (unpacked(tmp_path / "scans.zip") / "scans" / "a.txt",), None)
+    here, other = ({"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in ("here", "other"))
+
+    def cluster_of(*nodes: dict) -> Any:
+        context = SimpleNamespace(get_node_id=lambda: "here")
+        return SimpleNamespace(nodes=lambda: nodes, get_runtime_context=lambda: context)
+
+    _refuse_unpacked(cluster_of(here), [inside])
+    _refuse_unpacked(cluster_of(here, other), [Case("b", (tmp_path / "b.nii.gz",), None)])
+    with pytest.raises(MedsegError, match="a zip is unpacked on this machine alone"):
+        _refuse_unpacked(cluster_of(here, other), [inside])
+
+
 def test_workers_that_do_not_start() -> None:
     def on_start() -> None:
         raise Died
@@ -287,6 +328,25 @@ def test_a_worker_writes_files_without_names_and_hands_back_the_line(
     assert failed.error.code is Code.TRUNCATED  # type: ignore[attr-defined]
     assert sorted(p.name for p in out.iterdir()) == ["s0.nii.gz"]
     worker.close()
+
+
+def test_a_full_disk_is_not_the_cases_fault(tiny_run, scans: Path, tmp_path: Path, monkeypatch) -> None:
+    worker = Worker(tiny_run.run, SETTINGS, Options(), (None, None), tmp_path, "the session", 1)
+    first = located(find_inputs([scans], num_channels=1)[0])
+
+    def full(self, *arguments: object) -> None:
+        raise MedsegError(Code.OUTPUT, "the files cannot be written")
+
+    monkeypatch.setattr(Job, "_make", full)
+    failed = worker.work(first)
+    assert isinstance(failed, Failed) and failed.fatal
+    worker.close()
+
+
+def test_workers_are_of_a_cluster(tmp_path: Path, capfd) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["predict", str(tmp_path), "scan.nii.gz", "-o", str(tmp_path / "out"), "--workers", "2"])
+    assert exit_.value.code == 2 and "--engine ray" in capfd.readouterr().err
 
 
 # A real cluster

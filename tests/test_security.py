@@ -46,6 +46,7 @@ CONNECTING = {
 ALLOWED = {
     "medseg/cli/notebook.py": {"subprocess"},  # Jupyter, by the path of our own interpreter
     "medseg/device.py": {"ctypes.CDLL"},  # the C library that is loaded already
+    "medseg/training/launching.py": {"multiprocessing"},  # the processes of trainer.devices, of our own interpreter
 }
 """What is used all the same, in which modules, and what of."""
 REMOTE = "medseg/remote/"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from medseg.data.plan.memory import step_cost
 from medseg.models import MODELS
 from medseg.models.shapes import ShapesOnly
 
@@ -56,6 +57,17 @@ def shapes_of(settings: dict[str, Any], size: tuple[int, ...], context: Any) -> 
 def test_shapes_are_those_of_the_meta_device(settings: dict[str, Any], size: tuple[int, ...]) -> None:
     ours, meta = shapes_of(settings, size, ShapesOnly()), shapes_of(settings, size, torch.device("meta"))
     assert ours == meta and len(ours[1]) > 10
+
+
+def test_numbers_that_a_network_reads_have_values() -> None:
+    """SwinUNETR takes its rates of drop path from torch.linspace."""
+    cost = step_cost(
+        {"name": "monai", "network": "SwinUNETR", "arguments": {"feature_size": 12}},
+        in_channels=1,
+        num_outputs=3,
+        patch_size=(32, 32, 32),
+    )
+    assert cost.num_weights > 1e5 and cost.num_saved > cost.num_input
 
 
 def test_what_torch_refuses_is_refused() -> None:

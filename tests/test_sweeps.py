@@ -22,8 +22,9 @@ from medseg.config import run_hydra, search_space
 from medseg.errors import Code, MedsegError
 from medseg.reports.sweep import conclude_sweep, differing, read_sweep
 from medseg.training.experiment import Experiment, write_config
-from medseg.training.run_folder import write_refusal
+from medseg.training.run_folder import refusals_in, write_refusal
 from medseg.training.train import TrainResult
+from medseg.tuning import ENDED_EARLY
 
 optuna = pytest.importorskip("optuna")
 
@@ -33,6 +34,16 @@ def made_run(folder: Path, settings: dict[str, Any], dices: list[float]) -> None
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     rows = [f"{10 * n},{n / 2},0.5,{dice}" for n, dice in enumerate(dices, start=1)]
     (folder / "history.csv").write_text("\n".join(["step,minutes,train_loss,val_dice_mean", *rows]) + "\n")
+
+
+def test_words_that_are_no_refusal(tmp_path: Path) -> None:
+    """In a folder of `medseg tune`, beside those of a sweep."""
+    write_refusal(tmp_path / "trial_0", ENDED_EARLY)
+    write_refusal(tmp_path / "trial_1", MedsegError(Code.LIMIT, "the memory does not suffice"))
+    (tmp_path / "trial_2").mkdir()
+    (tmp_path / "trial_2" / "refused.txt").write_bytes(b"\xff")
+    (error,) = refusals_in(tmp_path)
+    assert error.code is Code.LIMIT and "does not suffice" in error.message
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

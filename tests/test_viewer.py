@@ -85,17 +85,24 @@ def test_a_viewer_only_where_somebody_looks(case: ValidationCase, monkeypatch: p
     pytest.importorskip("ipyniivue")
     monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
     assert viewer.has_front_end()
-    box = viewer.case_viewer(case)
-    sliders, shown = box.children
+    sliders, shown = viewer.case_viewer(case).children
     assert [widget.description for widget in sliders.children] == [
         "image", "reference", "prediction", "errors", "reload"
     ]  # fmt: skip
     sliders.children[3].value = 0.7
-    assert shown.volumes[3].opacity == pytest.approx(0.7)
-    sent: list[str] = []
-    monkeypatch.setattr(shown, "send_state", lambda key=None: sent.append(key))
+    assert list(shown.volumes) == []  # a front end without a canvas would not draw them
+    shown.set_state({"_canvas_attached": True})
+    first = list(shown.volumes)
+    assert [volume.opacity for volume in first] == pytest.approx([1, 0, 0.45, 0.7])
+    sliders.children[1].value = 0.4
+    assert first[1].opacity == pytest.approx(0.4)
     sliders.children[4].click()
-    assert "volumes" in sent  # for a front end that was not there yet
+    again = list(shown.volumes)
+    assert not {volume.id for volume in first} & {volume.id for volume in again}  # drawn twice, it loses its colours
+    assert [volume.opacity for volume in again] == pytest.approx([1, 0.4, 0.45, 0.7])
+    assert again[0].colormap_label is None
+    assert again[2].colormap_label.labels == ["background", "liver", "spleen"]
+    assert again[2].colormap_label.lut[:4] == [0, 0, 0, 0] and again[2].colormap_label.lut[7] == 255
 
 
 def test_slices_of_uncertainty(case: ValidationCase) -> None:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 @click.option("--probabilities", metavar="FOLDER", type=click.Path(path_type=Path),
               help="What medseg predict --probabilities wrote: also calibration (ECE), over the scan and near the "
               "structures.")  # fmt: skip
+@click.option("--patients", metavar="TABLE", type=click.Path(path_type=Path),
+              help="Whose each case is: a CSV with the columns case and patient (a manifest is one). Intervals are "
+              "drawn over patients. Without it manifest.csv beside the references or BIDS names tell.")  # fmt: skip
 @click.option("--report", is_flag=True, help="Also write report.html into the output folder: one page, for people.")
 @click.option("--images", type=click.Path(path_type=Path),
               help="The scans, named by case, for the pictures of the report; without them: masks alone.")  # fmt: skip
@@ -55,6 +58,7 @@ def evaluate(
     missing: str,
     instances: bool,
     probabilities: Path | None,
+    patients: Path | None,
     report: bool,
     images: Path | None,
     threads: int,
@@ -74,6 +78,7 @@ def evaluate(
       medseg evaluate labels references -o scores --report --images scans
       medseg evaluate nnunet_output labelsTs --labels "{liver: 1, tumour: 2}"
       medseg evaluate labels references --probabilities labels/probabilities -o scores
+      medseg evaluate labels references --patients patients.csv -o scores
       medseg evaluate nuclei references --instances -o scores
     """
     if report and output is None:
@@ -106,6 +111,7 @@ def evaluate(
             reading=reading,
             instances=instances,
             probabilities=probabilities,
+            patients=patients,
         )
     print_evaluation(evaluation, console)
     if output is not None:

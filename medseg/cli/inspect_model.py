@@ -77,6 +77,7 @@ class OfDataOrModel(click.Command):
 @click.option("--class", "class_name", metavar="NAME", help="The class that saliency explains.")
 @click.option("--show", default=_SHOWN, show_default=True, metavar="LIST", help="Which pictures, with commas.")
 @click.option("--steps", default=32, show_default=True, help="Steps towards what excites a filter.")
+@click.option("--tensorboard", is_flag=True, help="With -o of a run: write the pictures for TensorBoard, too.")
 @click.option("--checkpoint", default="best", show_default=True, type=click.Choice(["best", "latest"]),
               help="The weights of the best validation, or the last ones.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -97,6 +98,7 @@ def inspect_model(
     class_name: str | None,
     show: str,
     steps: int,
+    tensorboard: bool,
     checkpoint: str,
     device: str,
     reading: Reading,
@@ -134,6 +136,13 @@ def inspect_model(
             where="--image",
             remedy="medseg inspect RUN --image SCAN -o FOLDER",
         )
+    if tensorboard and (chosen.info is None or folder is None):
+        raise MedsegError(
+            Code.CONFIG,
+            "TensorBoard gets pictures of a trained network, in a folder",
+            where="--tensorboard",
+            remedy="medseg inspect RUN --image SCAN -o FOLDER --tensorboard",
+        )
     if (folder is None and layers) or (image is None and (at or class_name)):
         raise MedsegError(
             Code.CONFIG,
@@ -151,7 +160,8 @@ def inspect_model(
         chosen, console, as_json=as_json, precision=precision, every=every, wanted=wanted, folder=folder, scene=scene
     )
     if folder is not None and chosen.info is not None:
-        draw_subject(chosen, table, folder, Console(stderr=True) if as_json else console, wanted=wanted, scene=scene)
+        said = Console(stderr=True) if as_json else console
+        draw_subject(chosen, table, folder, said, wanted=wanted, scene=scene, tensorboard=tensorboard)
 
 
 def _subject(

@@ -29,6 +29,8 @@ SILENT = (
     "--LabApp.extension_manager=readonly",
 )
 """medseg opens no connection unless asked: JupyterLab would look for news and newer versions."""
+SETTINGS = Path(__file__).resolve().parent / "jupyter"
+"""Defaults of JupyterLab's settings, searched beside the user's: without them it asks whether to fetch news."""
 
 
 @click.command("notebook", short_help="Open the notebooks in Jupyter.")
@@ -67,7 +69,8 @@ def notebook(run: Path | None, folder: Path, browser: bool, port: int, allow_roo
     arguments += [f"--ServerApp.allow_root={allow_root}"]
     if run is not None:
         arguments.append(str(folder.resolve() / INSPECTION))
-    environment = dict(os.environ)
+    searched = [str(SETTINGS), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    environment = {**os.environ, "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, searched))}
     if runs is not None:
         environment[RUNS_VARIABLE] = str(runs)
     sys.exit(_serve(arguments, environment))

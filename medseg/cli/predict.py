@@ -133,6 +133,8 @@ def predict(
 
     if not inputs and source is None:
         raise click.UsageError("Missing argument 'INPUTS...' or option '--from'.")
+    if workers is not None and engine != "ray":
+        raise click.UsageError("--workers is of --engine ray, which is not asked for.")
     wanted_forms = forms_of(forms or ("dicom-seg" if sink is not None and sink[0] == "dicomweb" else "nifti"))
     refuse_swapped(run, inputs)
     settings: dict[str, Any] = {

@@ -316,7 +316,7 @@ def same_ids(cases: Iterable[Case]) -> Iterator[tuple[Case, Case, MedsegError]]:
                     + ("" if other.case_id == case.case_id else " but for upper and lower case"),
                     where=f"{other.case_id}, {case.case_id}",
                     expected="ids that differ on every file system",
-                    got=", ".join(_place(c.images[0]) for c in (other, case)),
+                    got=", ".join(_place(c.images[0]) if c.images else c.case_id for c in (other, case)),
                     remedy="results are written under the id: rename one of them",
                 ),
             )

@@ -91,30 +91,55 @@ def read_manifest(path: Path, root: Path) -> DataFolder:
     Raises:
         MedsegError: E_CONFIG for a table that is not understood.
     """
-    labels: dict[str, Any] | None = None
-    channels: tuple[str, ...] | None = None
-    if path.suffix.lower() == ".json":
-        table = read_json(path)
-        if isinstance(table, Mapping):
-            labels = dict(table["labels"]) if table.get("labels") else None
-            channels = tuple(str(c) for c in table["channels"]) if table.get("channels") else None
-            table = table.get("cases")
-        if not isinstance(table, list) or not all(isinstance(row, Mapping) for row in table):
-            raise MedsegError(
-                Code.CONFIG,
-                "the manifest is no list of cases",
-                where=path.name,
-                expected='[{"case": …, "image": …, "label": …}, …] or {"cases": [the same]}',
-                got=type(table).__name__,
-                remedy="write the cases as this list",
-            )
-        rows: list[dict[str, Any]] = [dict(row) for row in table]
-    else:
-        rows = _read_csv(path)
+    rows, labels, channels = _rows(path)
     _check_columns({str(key) for row in rows for key in row}, path)
     cases = tuple(_case(row, f"{path.name}, case {number}", root) for number, row in enumerate(rows, start=1))
     named = tuple(key[len("image_") :] for key in (rows[0] if rows else ()) if key.lower().startswith("image_"))
     return DataFolder(root, f"manifest {path.name}", cases, labels, channels or (named if len(named) > 1 else None))
+
+
+@_understood
+def read_patients(path: Path) -> list[tuple[str, str]]:
+    """The (case, patient) of a table's rows that have both; a manifest is such a table, and needs no images here.
+
+    Args:
+        path: CSV or JSON, with the columns of a manifest. A row without a case has the name of its image for it.
+    Raises:
+        MedsegError: E_CONFIG for a table that is not understood.
+    """
+    found = []
+    for row in _rows(path)[0]:
+        fields = {meaning: value for column, value in reversed(row.items()) if (meaning := _meaning(str(column)))}
+        image = fields.get("image")
+        image = image[0] if isinstance(image, list) and image else image
+        case = str(fields.get("case") or strip_suffix(Path(str(image or "")).name)).strip()
+        patient = str(fields.get("patient") or "").strip()
+        if case and patient:
+            found.append((case, patient))
+    return found
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None, tuple[str, ...] | None]:
+    """The rows of a manifest, and the classes and channels that one in JSON declares."""
+    if path.suffix.lower() != ".json":
+        return _read_csv(path), None, None
+    labels: dict[str, Any] | None = None
+    channels: tuple[str, ...] | None = None
+    table = read_json(path)
+    if isinstance(table, Mapping):
+        labels = dict(table["labels"]) if table.get("labels") else None
+        channels = tuple(str(c) for c in table["channels"]) if table.get("channels") else None
+        table = table.get("cases")
+    if not isinstance(table, list) or not all(isinstance(row, Mapping) for row in table):
+        raise MedsegError(
+            Code.CONFIG,
+            "the manifest is no list of cases",
+            where=path.name,
+            expected='[{"case": …, "image": …, "label": …}, …] or {"cases": [the same]}',
+            got=type(table).__name__,
+            remedy="write the cases as this list",
+        )
+    return [dict(row) for row in table], labels, channels
 
 
 def read_json(path: Path) -> Any:

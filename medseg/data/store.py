@@ -98,10 +98,10 @@ class Store:
             case: its files are read.
             basis: what it follows from beside them, by `basis_of`.
         """
-        return hashlib.sha256(json.dumps([basis, case.case_id, self._digest(case)]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([basis, case.case_id, self.digest(case)]).encode()).hexdigest()
 
-    def _digest(self, case: Case) -> str:
-        """Of the bytes of all files of a case; they are read once."""
+    def digest(self, case: Case) -> str:
+        """`case_digest` of a case; its files are read once."""
         if case.case_id not in self._digests:
             stamps = _stamps(case)
             self._digests[case.case_id] = (case_digest(case), stamps)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
+
+QUOTED_PATH = re.compile(r"""(['"])[^'"]*[\\/][^'"]*\1""")
+PATH = re.compile(r"[^\s:;,'\"]*[\\/][^\s:;,'\"]*(?:\s[^:;,'\"]*[\\/][^\s:;,'\"]*)*")
+"""What has a slash in it, and what stands between two such: names of folders may have spaces."""
+LIBRARY = re.compile(r"[^\\/]*\.(?:so|dylib|dll|pyd|py)(?:\.\d+)*(?=['\"]?$)")
+"""Of a path, the end that names code: it tells what is broken, and nothing of who is here."""
+MAX_LINE, MAX_SHORT = 1000, 200
+"""Characters of an error's first line that are looked at, and that are kept."""
 
 
 class Status(StrEnum):
@@ -50,10 +58,18 @@ def fail(name: str, found: str, remedy: str) -> Check:
 
 
 def in_short(error: BaseException) -> str:
-    """The kind and first line of an error, without the name of the user's folder."""
+    """The kind and first line of an error, without paths: they name users, and may be those of others than this one."""
     lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text.replace(str(Path.home()), "~")[:200]
+    if not lines:
+        return type(error).__name__
+    line = PATH.sub(_without_folders, QUOTED_PATH.sub(_without_folders, lines[0][:MAX_LINE]))
+    return f"{type(error).__name__}: {line}"[:MAX_SHORT]
+
+
+def _without_folders(path: re.Match[str]) -> str:
+    """A library's own name, or an ellipsis."""
+    named = LIBRARY.search(path.group())
+    return "…" if named is None else named.group()
 
 
 def gib(size: float) -> str:

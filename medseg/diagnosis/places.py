@@ -8,6 +8,8 @@ import tempfile
 import uuid
 from pathlib import Path
 
+import torch
+
 from medseg.diagnosis.check import Check, Status, fail, gib, ok, warn
 
 LITTLE_BYTES, NEEDED_BYTES = 10 * 2**30, 2**30
@@ -65,13 +67,16 @@ def temporary_files() -> Check:
 
 
 def shared_memory() -> Check:
-    """The memory that processes share, for the record: medseg works in threads and passes nothing through it."""
+    """The memory that processes share: threads and gloo (processes on CPUs) need none, NCCL (on several GPUs) does."""
     name = str(SHARED_MEMORY)
     try:
-        total = shutil.disk_usage(SHARED_MEMORY).total
+        usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError:
-        return ok(name, "not there, and not needed: medseg works in threads")
-    return ok(name, f"{gib(total)}; not needed, however small: medseg works in threads")
+        return ok(name, "not there; only trainer.devices on several GPUs (NCCL) needs it")
+    found = f"{gib(usage.free)} free of {gib(usage.total)}; only trainer.devices on several GPUs (NCCL) needs it"
+    if usage.free >= NEEDED_BYTES or torch.cuda.device_count() < 2:
+        return ok(name, found)
+    return warn(name, found, "docker run --shm-size 1g; or export NCCL_SHM_DISABLE=1, which is slower")
 
 
 def _existing(folder: Path) -> Path:

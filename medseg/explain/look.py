@@ -25,7 +25,7 @@ from medseg.explain.equivariance import Shift, shift_table
 from medseg.explain.excitation import STEPS, most_exciting
 from medseg.explain.layers import LayerTable, layer_table
 from medseg.explain.maps import feature_maps, first_filters, map_places, module_named, plane
-from medseg.explain.pictures import filter_grid, heat_map, image_grid, map_grid, save_picture
+from medseg.explain.pictures import Album, filter_grid, heat_map, image_grid, map_grid, save_picture
 from medseg.explain.saliency import answered, grad_cam, gradient_saliency, occlusion_saliency
 from medseg.explain.subject import Subject, output_named
 from medseg.explain.text import print_layers, times
@@ -131,7 +131,14 @@ def print_subject(
 
 
 def draw_subject(
-    subject: Subject, table: LayerTable, folder: Path, console: Console, *, wanted: Wanted, scene: Scene | None
+    subject: Subject,
+    table: LayerTable,
+    folder: Path,
+    console: Console,
+    *,
+    wanted: Wanted,
+    scene: Scene | None,
+    tensorboard: bool = False,
 ) -> None:
     """Write what a network has learnt into a folder: filters, feature maps, what excites them, saliency, shifts.
 
@@ -142,6 +149,7 @@ def draw_subject(
         console: where the user reads.
         wanted: what.
         scene: the scan; None shows only what needs none.
+        tensorboard: write the pictures for TensorBoard too.
     Raises:
         MedsegError: E_NAME for layers or classes that do not exist; E_OUTPUT; what the parts refuse.
     """
@@ -151,26 +159,28 @@ def draw_subject(
     places = map_places(subject.model, table)
     layers = wanted.layers or places.stages
     written: list[str] = []
+    album = Album(folder)
     with Progress(console=console, transient=True) as progress:
         if "filters" in wanted.what:
             name, weights = first_filters(subject.model)
-            save_picture(folder / "filters.png", filter_grid(weights))
+            album.add("filters", filter_grid(weights))
             written.append(f"filters.png: {len(weights)} filters of {name}; grey is 0")
         if "excitation" in wanted.what:
-            written += _excitations(subject, table, wanted.layers or places.stages[:1], wanted.steps, folder, progress)
+            written += _excitations(subject, table, wanted.layers or places.stages[:1], wanted.steps, album, progress)
         if scene is not None:
             tile = scene.tile(subject.size, _device(subject))
             share = scene.depth(subject.size)
-            save_picture(folder / "image.png", image_grid(plane(tile, share)))
+            album.add("image", image_grid(plane(tile, share)))
             written.append(f"image.png: what the network sees, {times(subject.size)} voxels, each channel")
             if "maps" in wanted.what:
-                (folder / "maps").mkdir(exist_ok=True)
                 for name, maps in feature_maps(subject.model, tile, layers).items():
-                    save_picture(folder / "maps" / f"{name or 'result'}.png", map_grid(plane(maps, share)[:MAX_MAPS]))
+                    album.add(f"maps/{name or 'result'}", map_grid(plane(maps, share)[:MAX_MAPS]))
                 written.append(f"maps/: {len(layers)} layers, row by row from map 0 on, {MAX_MAPS} at most")
             if "saliency" in wanted.what:
                 layer = wanted.layers[-1] if wanted.layers else places.before_scores
-                written += _saliencies(subject, layer, wanted.class_name, tile, share, folder, progress)
+                written += _saliencies(subject, layer, wanted.class_name, tile, share, album, progress)
+    if tensorboard:
+        written.append(f"tensorboard --logdir {album.to_tensorboard()} shows these pictures")
     for line in written:
         console.print(f"  {line}", highlight=False, markup=False)
     if scene is not None and "shifts" in wanted.what:
@@ -216,10 +226,9 @@ def _training(subject: Subject, precision: str) -> dict[str, Any]:
 
 
 def _excitations(
-    subject: Subject, table: LayerTable, layers: Sequence[str], steps: int, folder: Path, progress: Progress
+    subject: Subject, table: LayerTable, layers: Sequence[str], steps: int, album: Album, progress: Progress
 ) -> list[str]:
     """What excites the filters of the layers that were named, or else of the first stage: deeper ones take minutes."""
-    (folder / "excitation").mkdir(exist_ok=True)
     lines = []
     for name in layers:
         inside = (
@@ -239,7 +248,7 @@ def _excitations(
             subject.model, name, range(min(number, MAX_EXCITED)), size, steps=steps,
             progress=_advancing(progress, task),
         )  # fmt: skip
-        save_picture(folder / "excitation" / f"{name or 'result'}.png", image_grid(plane_of_images(found.images)))
+        album.add(f"excitation/{name or 'result'}", image_grid(plane_of_images(found.images)))
         lines.append(f"excitation/{name or 'result'}.png: what most excites its filters 0 … {len(found.after) - 1}")
     return lines
 
@@ -255,7 +264,7 @@ def _saliencies(
     class_name: str | None,
     tile: Tensor,
     share: float | None,
-    folder: Path,
+    album: Album,
     progress: Progress,
 ) -> list[str]:
     model, overlapping = subject.model, _overlapping(subject)
@@ -289,9 +298,7 @@ def _saliencies(
         heats["grad_cam"] = grad_cam(model, tile, output, voxels, layer)
     below = plane(tile[:1], share)[0]
     for how, heat in heats.items():
-        save_picture(
-            folder / f"saliency_{how}.png", heat_map(below, plane(heat[None], share)[0], signed=how == "occlusion")
-        )
+        album.add(f"saliency_{how}", heat_map(below, plane(heat[None], share)[0], signed=how == "occlusion"))
     cam = "no Grad-CAM: no layer of this network gives maps" if layer is None else f"saliency_grad_cam.png (of {layer})"
     return [
         f"saliency_gradient.png, saliency_occlusion.png (red: needed for it), {cam}: "

@@ -105,6 +105,39 @@ def save_picture(path: Path, picture: Picture) -> None:
         Image.fromarray(picture).save(temporary, format="png")
 
 
+class Album:
+    """Pictures that are written into a folder, and on request for TensorBoard.
+
+    Args:
+        folder: where to; it is there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pictures: dict[str, Picture] = {}
+
+    def add(self, name: str, picture: Picture) -> None:
+        """Write `name`.png; a slash in the name is a folder.
+
+        Raises:
+            MedsegError: E_OUTPUT if it cannot be written.
+        """
+        path = self.folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(path, picture)
+        self._pictures[name] = picture
+
+    def to_tensorboard(self) -> Path:
+        """All of them again, as events: the folder that `tensorboard --logdir` shows."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and few ask for it
+
+        folder = self.folder / "tensorboard"
+        with SummaryWriter(str(folder)) as board:
+            for name, picture in self._pictures.items():
+                board.add_image(name, picture, 0, dataformats="HWC")
+        return folder
+
+
 def _shaded(array: NDArray[np.float32]) -> NDArray[np.float32]:
     """To 0 … 1 between the percentiles; 0 where all is one value."""
     low, high = np.percentile(array, SHADES)

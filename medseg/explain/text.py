@@ -73,6 +73,8 @@ def _legend(table: LayerTable, precision: str, wide: bool) -> str:
             "unshared: weights if each place had filters of its own; dense: if each number of the result were "
             "connected to each of the input."
         )
+    else:
+        lines.append(f"From {WIDE} columns on, and in JSON: also the weights without weight sharing.")
     if table.weights_elsewhere:
         lines.append(
             f"{table.weights_elsewhere:,} of {table.weights:,} weights stand in no layer: heads that only training "

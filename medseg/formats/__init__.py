@@ -7,7 +7,7 @@ Messages and logs name files without their folders: paths may hold patient names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -28,6 +28,7 @@ __all__ = [
     "find_series",
     "is_dicom",
     "is_image_file",
+    "open_channels",
     "open_label",
     "open_volume",
     "read_grid",
@@ -77,6 +78,25 @@ def open_volume(source: Source, reading: Reading = STRICT) -> Volume:
     from medseg.formats import picture
 
     return picture.read_image(source)
+
+
+def open_channels(path: Path, reading: Reading = STRICT) -> tuple[int, Iterator[Volume]]:
+    """The channels of an image: how many there are, and one after the other, of NIfTI only one in memory at a time.
+
+    Args:
+        path: as `source` in `open_volume`.
+        reading: as in `open_volume`; channels need not be declared.
+    Returns:
+        Number of channels, and each of them as float32 (*grid.shape).
+    Raises:
+        MedsegError: as `open_volume`; what only the voxels tell, when they are taken.
+    """
+    if not path.is_dir() and _kind(path, reading) is Kind.NIFTI:
+        from medseg.formats import nifti
+
+        return nifti.read_header(path, reading).num_channels, nifti.read_channels(path, reading)
+    volume = open_volume(path, replace(reading, channels=True))
+    return len(volume.array), (replace(volume, array=channel) for channel in volume.array)
 
 
 def open_label(source: Source, reading: Reading = STRICT) -> Volume:

@@ -102,17 +102,24 @@ def read_image(path: Path, reading: Reading = STRICT) -> Volume:
             flat[start : start + values.size] = values
             if values.dtype.kind == "f":
                 not_finite += values.size - int(np.isfinite(flat[start : start + values.size]).sum())
-    if not_finite:
-        raise MedsegError(
-            Code.NONFINITE,
-            "the image holds NaN or infinite voxels",
-            where=path.name,
-            expected="finite values",
-            got=f"{not_finite} of {flat.size} voxels",
-            remedy="replace them, for example by the value of air or the background",
-        )
+    _refuse_nonfinite(header, not_finite)
     array = flat.reshape((*header.grid.shape, header.num_channels), order="F")
     return Volume(np.moveaxis(array, -1, 0), header.grid, notes=header.notes)
+
+
+def read_channels(path: Path, reading: Reading = STRICT) -> Iterator[Volume]:
+    """As `read_image`, but one channel (i, j, k) after the other: only that one is held."""
+    with _opened(path, reading) as (header, stream, position):
+        flat, filled = np.empty(math.prod(header.grid.shape), dtype=np.float32), 0
+        for _, values in _chunks(header, stream, position):
+            while values.size:
+                part, values = np.split(values, [flat.size - filled])
+                flat[filled : filled + part.size] = part
+                filled += part.size
+                if filled == flat.size:
+                    _refuse_nonfinite(header, flat.size - int(np.isfinite(flat).sum()))
+                    yield Volume(flat.reshape(header.grid.shape, order="F"), header.grid, notes=header.notes)
+                    flat, filled = np.empty_like(flat), 0
 
 
 def read_label(path: Path, reading: Reading = STRICT) -> Volume:
@@ -357,6 +364,18 @@ def _read_exactly(stream: IO[bytes], count: int, path: Path) -> bytes:
     if len(data) < count:
         raise _truncated(path, f"{count - len(data)} bytes are missing")
     return data
+
+
+def _refuse_nonfinite(header: Header, count: int) -> None:
+    if count:
+        raise MedsegError(
+            Code.NONFINITE,
+            "the image holds NaN or infinite voxels",
+            where=header.path.name,
+            expected="finite values",
+            got=f"{count} of {math.prod(header.file_shape)} voxels",
+            remedy="replace them, for example by the value of air or the background",
+        )
 
 
 def _truncated(path: Path, reason: object) -> MedsegError:

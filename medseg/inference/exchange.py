@@ -38,13 +38,25 @@ class Exchange:
         """Those of a case's files that lie in the output folder when the case is done."""
         return list(names)
 
+    def delivered(self, names: Collection[str]) -> dict[str, str]:
+        """The others: name → digest of the place where it goes."""
+        return {}
+
+    def replacing(self, names: Collection[str]) -> list[str]:
+        """Those of the others that would take the place of an object of the same name."""
+        return []
+
+    def standing(self, names: Collection[str]) -> dict[str, str]:
+        """The objects whose place files of these names would take: name → SHA-256."""
+        return {}
+
     def deliver(self, case: Case, files: Mapping[str, Path], identity: str) -> None:
         """Bring the files of a case to where they go. They are whole; those that do not stay may be changed.
 
         Args:
             case: as `fetch` gave it.
             files: name, relative to the output folder → where it is now.
-            identity: a digest of what they are made of: input, model and options.
+            identity: of what they are made of and by: input, model, options, program and device.
         """
 
     def drop(self, case: Case) -> None:

@@ -143,6 +143,7 @@ def predict_cases(
             say(console, [f"stopped: {job.num_done} of {len(cases)} cases are done; go on with --resume"])
             raise
         finally:
+            manifest.close()
             write_predictions_table(output, subset.labels, records | manifest.records())
             if options.statistics:
                 write_statistics(output / STATISTICS_FILE, manifest.rows())

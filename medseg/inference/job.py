@@ -26,7 +26,7 @@ from medseg.inference.case_statistics import cut_off, structure_statistics
 from medseg.inference.ensemble import Ensemble
 from medseg.inference.exchange import HERE, Exchange
 from medseg.inference.export import Export, Made
-from medseg.inference.manifest import Entry, Manifest, failed_with
+from medseg.inference.manifest import Entry, Manifest, digest_of_file, failed_with, maker_of
 from medseg.inference.prediction import Prediction
 from medseg.inference.subset import Subset
 from medseg.volume import Volume
@@ -168,10 +168,13 @@ class Job:
         with gathered_warnings() as warnings:
             digest = self.digests[case.case_id] = self.exchange.digest(case)
             if self.options.resume:
-                names = self.exchange.staying(self.names(case.case_id))
-                why = self.manifest.outstanding(case.case_id, digest, names, overwrite=self.options.overwrite)
+                names, overwrite = self.names(case.case_id), self.options.overwrite
+                here, elsewhere = self.exchange.staying(names), self.exchange.delivered(names)
+                why = self.manifest.outstanding(case.case_id, digest, here, overwrite=overwrite, delivered=elsewhere)
                 if why is None:
                     return Scan(case, None)
+                if not overwrite:
+                    self.manifest.refuse_foreign(case.case_id, self.exchange.standing(names))
                 again = [f"done again: {why}"] if why.startswith(("its input", "files of it")) else []
             info = self.ensemble.info
             local = self.exchange.fetch(case)
@@ -223,11 +226,9 @@ class Job:
             else:
                 try:
                     self.settle(self.make(scan.case, scan, scan.prediction))
-                except MedsegError as error:
-                    if error.code is Code.OUTPUT:  # of the disk, not of the case
-                        raise
-                    self._set_aside(case, error)
                 except Exception as error:
+                    if isinstance(error, MedsegError) and error.code is Code.OUTPUT:  # of the disk, not of the case
+                        raise
                     self._set_aside(case, error)
         else:
             self._set_aside(case, scan)
@@ -239,8 +240,16 @@ class Job:
         """Write a case's files, not yet under their names, and deliver those that do not stay.
 
         Raises:
-            MedsegError: E_OUTPUT, and what the writers and the exchange refuse.
+            MedsegError: E_OUTPUT, which the next case would meet too; what the writers and the exchange refuse.
         """
+        try:
+            return self._make(case, scan, found)
+        except MedsegError as error:
+            if error.code is Code.OUTPUT:
+                self.fatal = error
+            raise
+
+    def _make(self, case: Case, scan: Scan, found: Prediction) -> Done:
         begin = time.perf_counter()
         labels, case_id, info = self.subset.labels, case.case_id, self.ensemble.info
         label, image, draw = found.labels, scan.image, self.options.draw_preview
@@ -257,9 +266,15 @@ class Job:
             if self.options.statistics and image is not None:
                 rows = structure_statistics(_uint8(found.indices), image, labels, info.channels)
             made = self.export.make(case, found.indices, label, self.manifest.folder, others=others)
+            identity = f"{self.manifest.session} {maker_of(self.ensemble)} {self.digests[case_id]}"
             try:
-                self.exchange.deliver(case, made.paths, f"{self.manifest.session} {self.digests[case_id]}")
+                if replacing := self.exchange.replacing(made.names):
+                    self.manifest.announce(case_id, {name: digest_of_file(made.paths[name]) for name in replacing})
+                self.exchange.deliver(case, made.paths, identity)
                 digests = made.digests()
+            except OSError as error:
+                made.discard()
+                raise made.refusal(error) from error
             except BaseException:
                 made.discard()
                 raise
@@ -274,6 +289,7 @@ class Job:
             {stage: round(time_s, 4) for stage, time_s in seconds.items()},
             scan.notes,
             tuple(text for text in remarks((), said) if text not in scan.notes),
+            self.exchange.delivered(made.names),
             statistics=tuple(rows),
         )
         return Done(entry, made, _shape(label), tuple(remarks(scan.notes, said)))

@@ -3,8 +3,11 @@
 One JSON object a line, only ever added to, so that ten thousand cases cost no more for each than ten. Lines are of two
 kinds. A *session* (`{"session": id, …}`) holds what all its cases share: model, options, versions, device; its id is
 the digest of model and options, of all that decides the voxels. A *case* (`{"case": id, "session": id, …}`) holds
-SHA-256 of the input and of each file, seconds, warnings, and for bad cases code and message. Of several lines of a
-case the last counts. A line that was cut short by a crash counts as not there.
+SHA-256 of the input and of each file, where files went that did not stay, seconds, warnings, and for bad cases code and
+message. Of several lines of a case the last counts. A line that was cut short by a crash counts as not there.
+
+Files that replace others elsewhere are announced in `DELIVERING` before they go: a process that is killed between the
+delivery and the line has left objects that are known to be ours, and not taken for somebody's correction.
 
 Neither paths nor names of patients stand in it: cases are named by their ids, files relative to the folder.
 """
@@ -14,15 +17,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from medseg import __version__
 from medseg.documents import parse_json
 from medseg.environment import environment
 from medseg.errors import Code, MedsegError
@@ -32,6 +39,8 @@ from medseg.inference.ensemble import Ensemble
 MANIFEST_FILE = "predictions.jsonl"
 FORMAT = 1
 """Raised when the lines change in a way that older code would misread."""
+DELIVERING = ".delivering"
+"""Folder beside the manifest: for each case whose files are on their way, their digests."""
 NOT_DECIDING = ("batch_size", "skip")
 """Options of the tiling that change how fast the voxels come, not what they are."""
 
@@ -48,6 +57,7 @@ class Entry:
         seconds: stage → how long it took.
         notes: `Volume.notes` of the scan.
         warnings: what else was said.
+        delivered: name of a file that does not stay in the folder → digest of the place where it is.
         failed: code and message of a bad case.
         statistics: rows of its structures; written, but not kept in memory.
     """
@@ -59,6 +69,7 @@ class Entry:
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    delivered: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, str] | None = None
     statistics: tuple[Mapping[str, Any], ...] = ()
 
@@ -73,6 +84,7 @@ class Entry:
             {},
             tuple(content["notes"]),
             (),
+            {str(name): str(place) for name, place in content.get("delivered", {}).items()},
             content.get("failed"),
         )
 
@@ -115,18 +127,22 @@ class Manifest:
                 self.sessions[str(content["session"])] = content
                 return
             entry = Entry.of(content)
+            announced = {str(name): set(map(str, digests)) for name, digests in content.get("announced", {}).items()}
         except (KeyError, TypeError, AttributeError):
             return
-        self._keep(entry)
+        self._keep(entry, announced)
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, entry: Entry, announced: Mapping[str, Iterable[str]]) -> None:
         self.entries[entry.case] = entry
         for name, digest in entry.files.items():
             self.written.setdefault(name, set()).add(digest)
+        for name, digests in announced.items():
+            self.written.setdefault(name, set()).update(digests)
 
     def reset(self) -> None:
         """Forget everything, also on disk: the folder is given to another model."""
         self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / DELIVERING, ignore_errors=True)
         self.entries, self.written, self.sessions = {}, {}, {}
 
     def append(self, entry: Entry) -> None:
@@ -136,6 +152,9 @@ class Manifest:
             MedsegError: E_OUTPUT.
         """
         content = {key: value for key, value in asdict(entry).items() if value or key in ("input", "files", "notes")}
+        announced = self._announced(entry.case)
+        if announced and entry.failed is not None:  # some of them may have arrived
+            content["announced"] = {name: sorted(digests) for name, digests in announced.items()}
         with self._lock:
             lines = [content]
             if not self._opened:
@@ -144,15 +163,58 @@ class Manifest:
             try:
                 _add(self.path, text.encode())
             except OSError as error:
-                raise MedsegError(
-                    Code.OUTPUT,
-                    "the manifest cannot be written",
-                    where=self.path.name,
-                    got=error.strerror or type(error).__name__,
-                    remedy="check that the folder is writable and has room",
-                ) from error
+                raise self._refusal(error) from error
             self._opened = True
-            self._keep(replace(entry, statistics=()))
+            self._keep(replace(entry, statistics=()), announced)
+        if announced:
+            with suppress(OSError):
+                self._announcement(entry.case).unlink()
+
+    def close(self) -> None:
+        """The work has ended: nothing is on its way, unless its process was killed."""
+        with suppress(OSError):  # not there, or not empty
+            (self.folder / DELIVERING).rmdir()
+
+    def announce(self, case_id: str, files: Mapping[str, str]) -> None:
+        """Note files that are about to be delivered; it is on the disk when this returns. `append` ends it.
+
+        Args:
+            case_id: whose they are.
+            files: name → SHA-256.
+        Raises:
+            MedsegError: E_OUTPUT.
+        """
+        earlier = self._announced(case_id)
+        content = {name: sorted({*earlier.get(name, ()), digest}) for name, digest in files.items()}
+        path = self._announcement(case_id)
+        new = path.with_suffix(".new")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            new.unlink(missing_ok=True)
+            _add(new, json.dumps(content).encode())
+            new.replace(path)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _announcement(self, case_id: str) -> Path:
+        return self.folder / DELIVERING / f"{case_id}.json"
+
+    def _announced(self, case_id: str) -> dict[str, set[str]]:
+        """File → digests, of a case whose files were on their way when the work ended."""
+        try:
+            content = _parsed(self._announcement(case_id).read_bytes()) or {}
+            return {str(name): set(map(str, digests)) for name, digests in content.items()}
+        except (OSError, TypeError):
+            return {}
+
+    def _refusal(self, error: OSError) -> MedsegError:
+        return MedsegError(
+            Code.OUTPUT,
+            "the manifest cannot be written",
+            where=self.path.name,
+            got=error.strerror or type(error).__name__,
+            remedy="check that the folder is writable and has room",
+        )
 
     def records(self) -> dict[str, CaseRecord]:
         """Of each case that is done, its label files and what is to be known of it; also of what other processes have
@@ -162,27 +224,47 @@ class Manifest:
         done = (entry for entry in self.entries.values() if entry.failed is None and entry.labels)
         return {entry.case: CaseRecord(entry.labels, entry.notes) for entry in done}
 
-    def outstanding(self, case_id: str, digest: str, names: Collection[str], *, overwrite: bool) -> str | None:
-        """Why a case is to be done; None where it is done.
+    def refuse_foreign(self, case_id: str, found: Mapping[str, str]) -> None:
+        """Refuse to replace files of a case (name → SHA-256 of what is there) that are not ours.
 
-        Args:
-            case_id: the case.
-            digest: of its input as it is now.
-            names: all files that it is to have.
-            overwrite: a file that somebody else has changed may be replaced.
         Raises:
             MedsegError: E_OUTPUT for a file that was changed since it was written: it may be somebody's correction.
         """
-        entry = self.entries.get(case_id)
-        found = {name: digest_of_file(path) for name in names if (path := self.folder / name).is_file()}
-        foreign = [name for name, value in found.items() if value not in self.written.get(name, ())]
-        if foreign and not overwrite:
+        announced = self._announced(case_id)
+        ours = {name: self.written.get(name, set()) | announced.get(name, set()) for name in found}
+        foreign = [name for name, value in found.items() if value not in ours[name]]
+        if foreign:
             raise MedsegError(
                 Code.OUTPUT,
                 "a file was changed after it was written, or is not ours",
                 where=foreign[0],
                 remedy="move it away if it was corrected by hand, or replace it with --resume --overwrite",
             )
+
+    def outstanding(
+        self,
+        case_id: str,
+        digest: str,
+        names: Collection[str],
+        *,
+        overwrite: bool,
+        delivered: Mapping[str, str] = MappingProxyType({}),
+    ) -> str | None:
+        """Why a case is to be done; None where it is done.
+
+        Args:
+            case_id: the case.
+            digest: of its input as it is now.
+            names: all files that it is to have in the folder.
+            overwrite: a file that somebody else has changed may be replaced.
+            delivered: the files that it is to have elsewhere, as `Entry` has them.
+        Raises:
+            MedsegError: as `refuse_foreign`.
+        """
+        entry = self.entries.get(case_id)
+        found = {name: digest_of_file(path) for name in names if (path := self.folder / name).is_file()}
+        if not overwrite:
+            self.refuse_foreign(case_id, found)
         if entry is None:
             return "it is new"
         if entry.failed is not None:
@@ -191,6 +273,8 @@ class Manifest:
             return "its input has changed"
         if entry.session != self.session:
             return f"{self.difference(entry.session)} made it"
+        if entry.delivered != delivered:
+            return "its files are to go elsewhere"
         if any(found.get(name) != entry.files.get(name) for name in names):
             return "files of it are missing" if set(found) < set(names) else "files of it have changed"
         return None
@@ -235,6 +319,17 @@ def model_digest(ensemble: Ensemble) -> str:
             plain = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(memoryview(plain.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def maker_of(ensemble: Ensemble) -> str:
+    """The program and the kind of device: other ones may draw other voxels from the same weights and options."""
+    device = next(ensemble.predictors[0].model.parameters()).device
+    return f"medseg {__version__} {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether cases were predicted into a folder, or were about to be."""
+    return (folder / MANIFEST_FILE).is_file() or (folder / DELIVERING).is_dir()
 
 
 def options_of(ensemble: Ensemble) -> dict[str, Any]:

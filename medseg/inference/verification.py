@@ -105,6 +105,9 @@ def _listed(folder: Path, manifest: Manifest) -> Iterator[Finding]:
 def _predicted(folder: Path) -> Iterator[Finding]:
     for entry in Predictions(folder, "", {}).entries.values():
         for name, digest in entry.files.items():
+            if name in entry.delivered:
+                yield Finding(name, Status.UNKNOWN, f"of {entry.case}: was delivered elsewhere")
+                continue
             problem = _problem_of(folder, name, digest)
             yield Finding(name, Status.WRONG if problem else Status.OK, problem and f"of {entry.case}: {problem}")
 

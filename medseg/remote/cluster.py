@@ -22,7 +22,9 @@ from typing import Any
 from medseg.data.layouts import Case
 from medseg.errors import Code, MedsegError
 from medseg.formats import Source
+from medseg.formats.dicom.archive import is_unpacked
 from medseg.inference.ensemble import Ensemble
+from medseg.inference.export import files_of
 from medseg.inference.folder import Engine, export_of, subset_of
 from medseg.inference.job import Done, Job, Options, Scan, say
 from medseg.inference.manifest import Manifest
@@ -129,6 +131,7 @@ def ray_engine(run: Path, settings: Mapping[str, Any], num_workers: int | None =
 
     def engine(job: Job, cases: Sequence[Case]) -> None:
         with _cluster() as ray:
+            _refuse_unpacked(ray, cases)
             Pool(ray, job, _making(ray, job, run, settings, num_workers)).work(cases)
 
     return engine
@@ -159,8 +162,13 @@ class Pool:
         Raises:
             MedsegError: E_ARCHIVE where no worker starts; what ends the work, as `Job.write` does.
         """
-        waiting = deque(cases)
+        waiting: deque[Case] = deque()
         try:
+            for case in cases:
+                if case.case_id in self.job.refused:
+                    self.job.write(case, self.job.refused[case.case_id])
+                else:
+                    waiting.append(case)
             for _ in range(min(self.num_workers, len(waiting))):
                 self._start()
             while waiting or any(self.busy.values()):
@@ -273,11 +281,33 @@ class Pool:
             self.ray.kill(worker)
 
 
+def _refuse_unpacked(ray: Any, cases: Sequence[Case]) -> None:
+    """Refuse what was unpacked from a zip into a folder that other nodes do not see."""
+    here = ray.get_runtime_context().get_node_id()
+    if all(node["NodeID"] == here for node in _nodes(ray)):
+        return
+    for case in cases:
+        if any(is_unpacked(path) for path in files_of(case.images)):
+            raise MedsegError(
+                Code.CONFIG,
+                "a zip is unpacked on this machine alone, and the cluster has other nodes",
+                where=case.case_id,
+                expected="scans at a path that every node sees",
+                got="a zip",
+                remedy="unpack it into a folder that all nodes share, and name that folder",
+            )
+
+
+def _nodes(ray: Any) -> list[Mapping[str, Any]]:
+    """Those that may work."""
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
 def _making(
     ray: Any, job: Job, run: Path, settings: Mapping[str, Any], num_workers: int | None
 ) -> tuple[Callable[[], Any], int]:
     """How a worker is started, and how many are."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    nodes = [node["Resources"] for node in _nodes(ray)]
     if not nodes:
         raise MedsegError(
             Code.ARCHIVE,

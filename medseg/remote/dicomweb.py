@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from medseg.errors import Code, MedsegError
 from medseg.formats.dicom.export import ENDINGS, Form
 from medseg.formats.dicom.files import series_names
-from medseg.remote.exchange import RemoteCase
+from medseg.formats.dicom.parsing import parse
+from medseg.remote.exchange import RemoteCase, Unreachable
+from medseg.remote.multipart import CHUNK_BYTES, save_parts
 from medseg.remote.server import Server
 
 STUDY, SERIES, INSTANCE, MODALITY = "0020000D", "0020000E", "00080018", "00080060"
@@ -29,6 +31,11 @@ MAX_SERIES_BYTES = 2**35
 """Largest series that is fetched (32 GiB)."""
 MAX_DISK_SHARE = 0.8
 """Share of the free disk that one series may fill."""
+MAX_RESULTS = 2**20
+"""Most series of an archive, and most images of a series."""
+MAX_LETTERS = 256
+"""Longest value in the results of a search; by the standard a UID has 64."""
+AS_STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 NO_IMAGES = frozenset(("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "RTRECORD", "SR", "PR", "KO", "DOC", "REG", "FID", "AU"))
 """Modalities of series that hold no scans."""
 WHOLE = 2**62
@@ -56,8 +63,8 @@ class DicomWebSource:
         """
         found: dict[str, tuple[str, str]] = {}
         for item in self._pages(lambda client: client.search_for_series, self.query, SERIES, "series"):
-            modality = _value(item, MODALITY) or self.query.get("Modality", "")
-            study, series = _value(item, STUDY), _value(item, SERIES)
+            modality = item.get(MODALITY) or self.query.get("Modality", "")
+            study, series = item.get(STUDY), item.get(SERIES)
             if study and series and modality not in NO_IMAGES:
                 kind = series_names({series: modality})[series].rsplit("_", 1)[0]
                 found[f"{kind}_{hashlib.sha256(series.encode()).hexdigest()[:DIGITS]}"] = (study, series)
@@ -96,41 +103,25 @@ class DicomWebSource:
         return (folder,)
 
     def _receive(self, client: Any, case: RemoteCase, folder: Path) -> set[str]:
-        from pydicom.errors import InvalidDicomError
-
         for path in folder.iterdir():  # of an attempt that broke off
             path.unlink()
-        study, series = case.key
         room = min(MAX_SERIES_BYTES, int(shutil.disk_usage(folder).free * MAX_DISK_SHARE))
+        study, series = (quote(uid, safe="") for uid in case.key)
         received: set[str] = set()
-        try:
-            parts = client.iter_series(study, series, media_types=(("application/dicom", "*"),))
-            for number, dataset in enumerate(parts):
-                path = folder / f"{number:06d}.dcm"
-                dataset.save_as(path, enforce_file_format=True)
-                received.add(str(dataset.get("SOPInstanceUID", "")))
-                room -= path.stat().st_size
-                if room < 0:
-                    raise MedsegError(
-                        Code.LIMIT,
-                        "the series is larger than the folder for temporary files holds",
-                        where=case.case_id,
-                        got=f"more than {number} images",
-                        remedy="make room, or set TMPDIR to a folder that has some",
-                    )
-        except (InvalidDicomError, AttributeError, KeyError, TypeError, NotImplementedError, EOFError) as error:
-            raise MedsegError(
-                Code.MALFORMED,
-                "the archive sent what is no DICOM image",
-                where=case.case_id,
-                got=f"{type(error).__name__} in image {len(received) + 1}",
-                remedy="look at the series with the archive's own viewer",
-            ) from error
+        # Not `iter_series`: it holds images in memory, and parses and inflates whatever they say.
+        with client._http_get(
+            f"{self.server.url}/studies/{study}/series/{series}", headers={"Accept": AS_STORED}, stream=True
+        ) as answer:
+            chunks = _within(answer.iter_content(CHUNK_BYTES), room, case)
+            for number, path in enumerate(save_parts(answer.headers.get("Content-Type", ""), chunks, folder), start=1):
+                received.add(_instance_of(path, case, number))
+                if number > MAX_RESULTS:
+                    raise _endless(case.case_id, "images of a series", "leave it out with --on-bad-case skip")
         return received
 
     def _instances(self, case: RemoteCase) -> set[str]:
         found = self._pages(lambda client: _of_series(client, *case.key), {}, INSTANCE, "the images of a series")
-        uids = {uid for item in found if (uid := _value(item, INSTANCE))}
+        uids = {item[INSTANCE] for item in found if INSTANCE in item}
         if not uids:
             raise MedsegError(
                 Code.MISSING,
@@ -143,21 +134,23 @@ class DicomWebSource:
 
     def _pages(
         self, method: Callable[[Any], Callable[..., Any]], query: Mapping[str, str], tag: str, what: str
-    ) -> Iterator[Mapping[str, Any]]:
+    ) -> Iterator[dict[str, str]]:
         """All results of a search, page by page. Servers that ignore the offset send the same page again."""
         seen: set[str] = set()
         offset = 0
         while True:
             page = self.server.ask(
-                lambda client, offset=offset: method(client)(  # type: ignore[misc]
-                    search_filters=dict(query), fields=[STUDY], limit=PAGE, offset=offset
+                lambda client, offset=offset: _page(  # type: ignore[misc]
+                    method(client)(search_filters=dict(query), fields=[STUDY], limit=PAGE, offset=offset)
                 ),
                 what,
             )
-            new = [item for item in page if (_value(item, tag) or "") not in seen]
+            new = [item for item in page if item.get(tag, "") not in seen]
             if not new:
                 return
-            seen |= {_value(item, tag) or "" for item in new}
+            seen |= {item.get(tag, "") for item in new}
+            if len(seen) > MAX_RESULTS:
+                raise _endless(self.server.name, what, "narrow the query, by --query StudyDate=20260101-20260331")
             yield from new
             offset += len(page)
 
@@ -170,9 +163,12 @@ class DicomWebSink:
         same_as: URL of the archive that the scans come from: its credentials are good for the same server.
     """
 
+    replaces = False
+
     def __init__(self, url: str, same_as: str | None = None) -> None:
         same = same_as is not None and urlsplit(url)[:2] == urlsplit(same_as)[:2]
         self.server = Server(url, "TO", "FROM" if same else None)
+        self.url = self.server.url
 
     def begin(self, *, may_replace: bool) -> None:
         """Nothing is ever replaced: other input, models or options give other UIDs."""
@@ -181,8 +177,13 @@ class DicomWebSink:
         """DICOM is delivered; other files stay."""
         return name.endswith((ENDINGS[Form.DICOM_SEG], ENDINGS[Form.RTSTRUCT]))
 
+    def standing(self, names: Collection[str]) -> dict[str, str]:
+        """Nothing: objects have UIDs, not names."""
+        return {}
+
     def deliver(self, files: Mapping[str, Path], identity: str) -> None:
         """Store objects. Their UIDs follow from `identity`: stored again, after a crash, they are the same objects.
+        Servers that refuse what they have already are asked for it; what they have counts as stored.
 
         Raises:
             MedsegError: E_ARCHIVE.
@@ -198,21 +199,45 @@ class DicomWebSink:
             dataset.save_as(path, enforce_file_format=True)  # the digest of what is delivered goes into the manifest
             datasets.append(dataset)
 
-        def store(client: Any) -> Any:
+        def store(client: Any) -> list[str]:
             client.set_chunk_size(WHOLE)
-            return client.store_instances(datasets)
+            refused = client.store_instances(datasets).get("FailedSOPSequence") or ()
+            return [str(item.get("FailureReason", "unknown")) for item in refused]
 
-        answer = self.server.ask(store, "to store SEG or RTSTRUCT")
-        failed = list(answer.get("FailedSOPSequence") or ())
-        if failed:
+        try:
+            failed = self.server.ask(store, "to store SEG or RTSTRUCT")
+        except Unreachable:
+            raise
+        except MedsegError:
+            if self._has(datasets):
+                return
+            raise
+        if failed and not self._has(datasets):
             raise MedsegError(
                 Code.ARCHIVE,
                 "the server did not store what was drawn",
                 where=self.server.name,
                 expected=f"{len(datasets)} objects stored",
-                got=f"{len(failed)} refused, FailureReason {failed[0].get('FailureReason', 'unknown')}",
+                got=f"{len(failed)} refused, FailureReason {failed[0]:.16}",
                 remedy="look into the server's log: does it take SEG and RTSTRUCT?",
             )
+
+    def _has(self, datasets: Sequence[Any]) -> bool:
+        """Whether the archive has objects of these UIDs."""
+        for dataset in datasets:
+            series = str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)
+            try:
+                found = self.server.ask(
+                    lambda client, series=series: _page(client.search_for_instances(*series)),  # type: ignore[misc]
+                    "whether it has SEG or RTSTRUCT already",
+                )
+            except Unreachable:
+                raise
+            except MedsegError:  # 404: it has no such series
+                return False
+            if str(dataset.SOPInstanceUID) not in {item.get(INSTANCE) for item in found}:
+                return False
+        return True
 
     def end(self, folder: Path) -> None:
         """The manifest stays where it is."""
@@ -230,7 +255,67 @@ def _of_series(client: Any, study: str, series: str) -> Callable[..., Any]:
     return search
 
 
-def _value(item: Mapping[str, Any], tag: str) -> str | None:
+def _page(answer: object) -> list[dict[str, str]]:
+    """Tag → value of each result of a search, as far as they are used.
+
+    Raises:
+        ValueError: this is no DICOM JSON (PS3.18, F.2).
+    """
+    if not isinstance(answer, list):
+        raise ValueError("results are no list")
+    return [{tag: value for tag in (STUDY, SERIES, INSTANCE, MODALITY) if (value := _value(i, tag))} for i in answer]
+
+
+def _value(item: object, tag: str) -> str | None:
     """The first value of a tag in DICOM JSON."""
-    values = item.get(tag, {}).get("Value") or [None]
-    return None if values[0] is None else str(values[0])
+    attribute = item.get(tag, {}) if isinstance(item, dict) else None
+    values = attribute.get("Value") or [None] if isinstance(attribute, dict) else None
+    if not isinstance(values, list):
+        raise ValueError("a result is no data set")
+    value = values[0]
+    if value is not None and not (isinstance(value, str) and value.isascii() and len(value) <= MAX_LETTERS):
+        raise ValueError("a value is no UID and no code")
+    return value
+
+
+def _within(chunks: Iterable[bytes], room: int, case: RemoteCase) -> Iterator[bytes]:
+    """The pieces of an answer, as long as there is room for them."""
+    for chunk in chunks:
+        room -= len(chunk)
+        if room < 0:
+            raise MedsegError(
+                Code.LIMIT,
+                "the series is larger than the folder for temporary files holds",
+                where=case.case_id,
+                remedy="make room, or set TMPDIR to a folder that has some",
+            )
+        yield chunk
+
+
+def _instance_of(path: Path, case: RemoteCase, number: int) -> str:
+    """SOPInstanceUID of a file that was fetched."""
+    try:
+        dataset, _, _ = parse(path, [int(INSTANCE, 16)])
+        element = dataset.get_item(int(INSTANCE, 16))
+        if element is not None and isinstance(element.value, bytes):
+            return element.value.decode("latin-1").strip(" \0")
+        fault, cause = "it has no SOPInstanceUID", None
+    except MedsegError as error:
+        fault, cause = error.message, error
+    raise MedsegError(
+        Code.MALFORMED,
+        "the archive sent what is no DICOM image",
+        where=case.case_id,
+        got=f"image {number}: {fault}",
+        remedy="look at the series with the archive's own viewer",
+    ) from cause
+
+
+def _endless(where: str, what: str, remedy: str) -> MedsegError:
+    return MedsegError(
+        Code.LIMIT,
+        "the archive's answer has no end",
+        where=where,
+        expected=f"at most {MAX_RESULTS} results when asked for {what}",
+        remedy=remedy,
+    )

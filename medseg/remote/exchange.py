@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -22,6 +24,10 @@ LOCK = ".lock"
 """In the folder of a process that lives: held by it."""
 BEING_MADE_S = 60.0
 """Seconds in which a folder may not have its lock yet."""
+MIN_FREE_BYTES = 2**26
+"""Of the disk of the folder for temporary files: with less, no scan has room."""
+DIGITS = 16
+"""Of the digest of a place."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,16 @@ class RemoteCase(Case):
 
     key: tuple[str, ...] = ()
     """What its source knows it by. It may identify the patient, and stands in no message and no file."""
+    num_bytes: int = 0
+    """What its source says of its size; 0 where it says nothing."""
 
 
 class Unreachable(MedsegError):
     """An archive that does not answer, or not to us: the next case would fare no better."""
+
+
+class NoRoom(MedsegError):
+    """A folder for temporary files that takes no scan: the next case would fare no better."""
 
 
 class Source(Protocol):
@@ -55,6 +67,11 @@ class Source(Protocol):
 class Sink(Protocol):
     """Where label files are delivered to. It is sent to other processes, without its connections."""
 
+    url: str
+    """Where they go."""
+    replaces: bool
+    """Whether a file takes the place of an object of the same name."""
+
     def begin(self, *, may_replace: bool) -> None:
         """Called before any work: refuse what would be replaced unasked."""
         ...
@@ -63,12 +80,16 @@ class Sink(Protocol):
         """Whether a file of this name is delivered; others stay in the output folder."""
         ...
 
+    def standing(self, names: Collection[str]) -> dict[str, str]:
+        """The objects that files of these names would replace: name → SHA-256."""
+        ...
+
     def deliver(self, files: Mapping[str, Path], identity: str) -> None:
         """Deliver files that it takes: all of them, under names that the same identity always gives them."""
         ...
 
     def end(self, folder: Path) -> None:
-        """Called when the work ends, however it does, with the output folder."""
+        """Called when work that has begun ends, however it does, with the output folder."""
         ...
 
 
@@ -112,17 +133,21 @@ class Remote(Exchange):
         """The case with its files in the private folder.
 
         Raises:
-            MedsegError: what the source refuses; E_OUTPUT where this disk has no room.
+            NoRoom: E_OUTPUT where this disk takes nothing.
+            MedsegError: what the source refuses; E_OUTPUT for a case that cannot be kept under its name.
         """
         if self.source is None or not isinstance(case, RemoteCase):
             return case
         folder = self._place(case)
         try:
+            if shutil.disk_usage(folder.parent).free < MIN_FREE_BYTES:
+                raise OSError(errno.ENOSPC, "there is hardly any room")
             folder.mkdir()
             images = self.source.fetch(case, folder)
         except OSError as error:
             self.drop(case)
-            raise MedsegError(
+            kind = MedsegError if error.errno == errno.ENAMETOOLONG else NoRoom
+            raise kind(
                 Code.OUTPUT,
                 "a scan cannot be kept in the folder for temporary files",
                 where=case.case_id,
@@ -138,9 +163,25 @@ class Remote(Exchange):
         """The files that the sink does not take."""
         return [name for name in names if self.sink is None or not self.sink.takes(name)]
 
+    def delivered(self, names: Collection[str]) -> dict[str, str]:
+        """The files that the sink takes, and the digest of its URL."""
+        if self.sink is None:
+            return {}
+        place = hashlib.sha256(self.sink.url.encode()).hexdigest()[:DIGITS]
+        return {name: place for name in names if self.sink.takes(name)}
+
+    def replacing(self, names: Collection[str]) -> list[str]:
+        """The files that the sink takes, if it keeps their names."""
+        return list(self.delivered(names)) if self.sink is not None and self.sink.replaces else []
+
+    def standing(self, names: Collection[str]) -> dict[str, str]:
+        """What the sink has under these names."""
+        replacing = self.replacing(names)
+        return self.sink.standing(replacing) if self.sink is not None and replacing else {}
+
     def deliver(self, case: Case, files: Mapping[str, Path], identity: str) -> None:
         """Give the sink what it takes."""
-        taken = {name: path for name, path in files.items() if self.sink is not None and self.sink.takes(name)}
+        taken = {name: files[name] for name in self.delivered(files)}
         if self.sink is not None and taken:
             self.sink.deliver(taken, identity)
 
@@ -150,8 +191,8 @@ class Remote(Exchange):
             shutil.rmtree(self._place(case), ignore_errors=True)
 
     def is_fatal(self, error: Exception) -> bool:
-        """True where an archive is out of reach."""
-        return isinstance(error, Unreachable)
+        """True where an archive is out of reach, or no scan has room."""
+        return isinstance(error, (Unreachable, NoRoom))
 
     def _place(self, case: Case) -> Path:
         if self._folder is None:

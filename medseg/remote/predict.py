@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from medseg.data.dicom_tree import MODALITIES
+from medseg.data.layouts import Case
 from medseg.errors import Code, MedsegError, nearest
 from medseg.formats.dicom.export import Form
 from medseg.inference.ensemble import Ensemble
 from medseg.inference.exchange import HERE, Exchange
 from medseg.inference.folder import Engine, Outcome, export_of, in_this_process, predict_cases, predict_inputs
-from medseg.inference.job import Options, say
+from medseg.inference.job import Job, Options, say
+from medseg.inference.manifest import has_begun
 from medseg.remote.dicomweb import DicomWebSink, DicomWebSource
 from medseg.remote.exchange import Remote, Sink, Source
 from medseg.remote.storage import StorageSink, StorageSource
@@ -68,20 +70,39 @@ def predict_remote(
     for end in (origin, target):
         if isinstance(end, (DicomWebSource, DicomWebSink)) and end.server.is_readable_on_the_way:
             say(console, [f"{end.server.name}: http:// is not encrypted: scans and credentials can be read on the way"])
-    with exchange as ends:
+    with exchange as ends, _ending(target, engine, output, console) as work:
         if target is not None:
-            target.begin(may_replace=options.resume or options.overwrite)
-        try:
-            if origin is None:
-                return predict_inputs(ensemble, inputs, output, console, options, exchange=ends, engine=engine)
-            export_of(ensemble, options).check(())
-            with console.status("asking where the scans are"):
-                cases = origin.cases()
-            console.print(f"{len(cases)} scans to look at", highlight=False, markup=False)
-            return predict_cases(ensemble, cases, output, console, options, exchange=ends, engine=engine)
-        finally:
-            if target is not None:
-                target.end(output)
+            target.begin(may_replace=options.overwrite or (options.resume and has_begun(output)))
+        if origin is None:
+            return predict_inputs(ensemble, inputs, output, console, options, exchange=ends, engine=work)
+        export_of(ensemble, options).check(())
+        with console.status("asking where the scans are"):
+            cases = origin.cases()
+        console.print(f"{len(cases)} scans to look at", highlight=False, markup=False)
+        return predict_cases(ensemble, cases, output, console, options, exchange=ends, engine=work)
+
+
+@contextmanager
+def _ending(sink: Sink | None, engine: Engine, output: Path, console: Console) -> Iterator[Engine]:
+    """The engine; when it has begun, the sink is told of the end, and never instead of why it came."""
+    has_started = False
+
+    def noted(job: Job, cases: Sequence[Case]) -> None:
+        nonlocal has_started
+        has_started = True
+        engine(job, cases)
+
+    try:
+        yield noted
+    except BaseException:
+        if sink is not None and has_started:
+            try:
+                sink.end(output)
+            except MedsegError as error:
+                say(console, [f"the tables were not delivered: {error.message}"])
+        raise
+    if sink is not None and has_started:
+        sink.end(output)
 
 
 def _sink(place: Place, source: Place | None) -> Sink:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,25 @@ from medseg.remote.exchange import Unreachable
 TIMEOUT_S = (10.0, 300.0)
 """To connect, and between two bytes of an answer: archives take time to load a series from tape."""
 ATTEMPTS = 4
-"""Of one request, with growing pauses; of the first one to a server, one."""
+"""Of one request, with growing pauses; until a server has answered once, one."""
+PAUSE_S = 1.0
+"""After the first attempt that broke off; it doubles."""
+BUSY_STATUS = (408, 429, 502, 503, 504)
+"""Answers that may be others a little later."""
+MAX_ANSWER_BYTES = 2**27
+"""Longest answer that is held in memory: results of a search, or what became of objects that were stored."""
+NOT_UNDERSTOOD = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, SyntaxError)
+"""What dicomweb-client and pydicom make of JSON, XML and multipart messages that are none, or of other shapes."""
 REFUSED_STATUS = (401, 403, 407)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 T = TypeVar("T")
+
+
+class _BrokenOff(Unreachable):
+    """No answer, or half of one: the fault of the server, or of what it was asked for."""
+
+    is_final = False
+    """Whether it has been tried as often as it should be."""
 
 
 class Server:
@@ -65,6 +81,7 @@ class Server:
         self.role, self.fallback = role, fallback
         self.name = parts.hostname + (f":{parts.port}" if parts.port else "")
         self._client: Any = None
+        self._has_answered = False
 
     @property
     def is_readable_on_the_way(self) -> bool:
@@ -94,13 +111,17 @@ class Server:
                 ) from error
             logging.getLogger("dicomweb_client").setLevel(logging.ERROR)  # it names UIDs
             self._client = DICOMwebClient(self.url, self._session(), permissive_uid=True, timeout=TIMEOUT_S)
-            self._client.set_http_retry_params(max_attempts=1)
+            self._allow(ATTEMPTS if self._has_answered else 1)
         return self._client
+
+    def _allow(self, attempts: int) -> None:
+        self._client.set_http_retry_params(max_attempts=attempts, retriable_error_codes=BUSY_STATUS)
 
     def _session(self) -> Any:
         import requests
 
         session = requests.Session()  # it reads ~/.netrc, REQUESTS_CA_BUNDLE and the proxies of the environment
+        session.hooks["response"].append(self._bound)
         token, user, password = (self._setting(name) for name in ("TOKEN", "USER", "PASSWORD"))
         if token:
             session.auth = _Bearer(token)
@@ -111,6 +132,28 @@ class Server:
             session.cert = (certificate, key) if key else certificate
         return session
 
+    def _bound(self, response: Any, *_: object, stream: bool = False, **__: object) -> None:
+        """Have an answer that will be read at once refused as soon as it is too long."""
+        if stream and not response.is_redirect:
+            return
+        pieces = response.raw.stream
+
+        def bounded(*args: Any, **kwargs: Any) -> Iterator[bytes]:
+            size = 0
+            for piece in pieces(*args, **kwargs):
+                size += len(piece)
+                if size > MAX_ANSWER_BYTES:
+                    raise MedsegError(
+                        Code.LIMIT,
+                        "the server's answer has no end",
+                        where=self.name,
+                        expected=f"at most {MAX_ANSWER_BYTES} bytes",
+                        remedy="narrow the query, by --query StudyDate=20260101-20260331",
+                    )
+                yield piece
+
+        response.raw.stream = bounded
+
     def _setting(self, name: str) -> str | None:
         for role in (self.role, self.fallback):
             if role is not None and (value := os.environ.get(f"MEDSEG_{role}_{name}")):
@@ -118,20 +161,54 @@ class Server:
         return None
 
     def ask(self, request: Callable[[Any], T], what: str) -> T:
-        """Ask, and ask again where the server is busy.
+        """Ask, and ask again where the server is busy or its answer breaks off.
 
         Args:
             request: takes the client; must bear being repeated.
             what: is asked, for messages.
         Raises:
-            Unreachable: the server does not answer, or does not know us.
-            MedsegError: E_ARCHIVE for another refusal.
+            Unreachable: the server does not answer, also to a small query, or does not know us.
+            MedsegError: E_ARCHIVE for another refusal, and where it answers, but not to this.
         """
+        # One that has answered deserves patience; one that never did is more likely mistyped.
+        attempts = ATTEMPTS if self._has_answered else 1
+        for attempt in range(1, attempts + 1):
+            try:
+                return self._asked(request, what)
+            except _BrokenOff as error:
+                broken = error
+            if broken.is_final:
+                break
+            if attempt < attempts:
+                time.sleep(PAUSE_S * 2 ** (attempt - 1))
+        if self._has_answered and self._answers():
+            raise MedsegError(
+                Code.ARCHIVE,
+                "the server answers, but not to this",
+                where=self.name,
+                expected=what,
+                got=broken.got,
+                remedy="look into the server's log: is what it keeps damaged?",
+            ) from broken
+        raise broken
+
+    def _asked(self, request: Callable[[Any], T], what: str) -> T:
         with self._refusals(what):
             result = request(self.client)
-            # One that has answered deserves patience; one that never did is more likely mistyped.
-            self.client.set_http_retry_params(max_attempts=ATTEMPTS)
-            return result
+        if not self._has_answered:
+            self._has_answered = True
+            self._allow(ATTEMPTS)
+        return result
+
+    def _answers(self) -> bool:
+        """Whether the server is there, whatever it says to a small query."""
+        try:
+            self._asked(lambda client: client.search_for_studies(limit=1), "a study")
+        except _BrokenOff:
+            return False
+        except MedsegError:
+            return True
+        return True
 
     @contextmanager
     def _refusals(self, what: str) -> Iterator[None]:
@@ -153,20 +230,27 @@ class Server:
         except requests.exceptions.HTTPError as error:
             raise self._answered(error.response, what) from error
         except RetryError as error:
-            raise self._unreachable("the server is too busy", what, "no other answer", "try again later") from error
+            broken = self._broken("the server is too busy", what, "no other answer", "try again later")
+            broken.is_final = True  # the client has tried again
+            raise broken from error
+        except requests.exceptions.JSONDecodeError as error:  # a ValueError, and a RequestException
+            raise self._not_understood(error, what) from error
         except requests.exceptions.RequestException as error:
-            raise self._unreachable(
+            raise self._broken(
                 "the server does not answer", what, type(error).__name__, "check the URL, and that the server runs"
             ) from error
-        except ValueError as error:  # JSON that is none, a multipart message that is none
-            raise MedsegError(
-                Code.ARCHIVE,
-                "the server's answer cannot be understood",
-                where=self.name,
-                expected="DICOMweb",
-                got=f"{type(error).__name__} when asked for {what}",
-                remedy="check that the URL is the root of its DICOMweb service",
-            ) from error
+        except NOT_UNDERSTOOD as error:
+            raise self._not_understood(error, what) from error
+
+    def _not_understood(self, error: Exception, what: str) -> MedsegError:
+        return MedsegError(
+            Code.ARCHIVE,
+            "the server's answer cannot be understood",
+            where=self.name,
+            expected="DICOMweb",
+            got=f"{type(error).__name__} when asked for {what}",
+            remedy="check that the URL is the root of its DICOMweb service",
+        )
 
     def _answered(self, response: Any, what: str) -> MedsegError:
         status = int(response.status_code)
@@ -194,6 +278,9 @@ class Server:
 
     def _unreachable(self, message: str, what: str, got: str, remedy: str) -> Unreachable:
         return Unreachable(Code.ARCHIVE, message, where=self.name, expected=what, got=got, remedy=remedy)
+
+    def _broken(self, message: str, what: str, got: str, remedy: str) -> _BrokenOff:
+        return _BrokenOff(Code.ARCHIVE, message, where=self.name, expected=what, got=got, remedy=remedy)
 
 
 class _Bearer:

@@ -5,7 +5,8 @@ systems are not taken here (their names appear first). Credentials and end point
 AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, … never part of the command line.
 
 Which objects make a case: an image file (or the channel files CASE_0000, CASE_0001, … of a model of several channels),
-and all DICOM files of one folder. Its id is its path below the URL, with "_" between folders.
+and all DICOM files of one folder. Its id is its path below the URL, with "_" between folders. Labels are no cases: what
+lies in a folder that is named as one of labels, and files that are named as the label of another one.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from medseg.data.inputs import find_inputs, refuse_same_ids
-from medseg.data.layouts import CHANNEL_SUFFIX
+from medseg.data.layouts import CHANNEL_SUFFIX, LABEL_FOLDERS, split_off_labels
 from medseg.errors import DISK_FAULTS, Code, MedsegError
 from medseg.formats import IMAGE_SUFFIXES, Reading, strip_suffix
 from medseg.formats.dicom.files import DICOM_SUFFIXES
@@ -37,6 +38,7 @@ STAMPS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", 
 """What stores tell of an object's content, the best first."""
 MAX_DISK_SHARE = 0.8
 """Share of the free disk that one case may fill."""
+CHUNK_BYTES = 2**20
 
 
 class Store:
@@ -60,7 +62,7 @@ class Store:
                 got=f"{parts.scheme}://…" if parts.scheme else "no scheme",
                 remedy="folders on this disk are named without --from, and by -o",
             )
-        self.scheme = parts.scheme
+        self.url, self.scheme = url.rstrip("/"), parts.scheme
         self.root = f"{parts.netloc}/{parts.path.strip('/')}".rstrip("/")
         self._system: Any = None
 
@@ -115,6 +117,19 @@ class Store:
         with self.refusals("to store an object"):
             self.system.put_file(str(path), f"{self.root}/{name}")
 
+    def digest(self, name: str) -> str | None:
+        """SHA-256 of an object's content; None where there is none. Raises MedsegError: E_ARCHIVE."""
+        digest = hashlib.sha256()
+        try:
+            with self.refusals("an object"), self.system.open(f"{self.root}/{name}", "rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+        except MedsegError as error:
+            if error.code is not Code.MISSING:
+                raise
+            return None
+        return digest.hexdigest()
+
     @contextmanager
     def refusals(self, what: str) -> Iterator[None]:
         """What goes wrong between two machines, as refusals that name the scheme alone."""
@@ -164,14 +179,17 @@ class StorageSource:
             MedsegError: E_ARCHIVE; E_NO_CASES where there is no image; E_DUPLICATE_ID.
         """
         listed = self.store.listed()
-        paths = [PurePosixPath(name) for name in sorted(listed)]
+        paths = _without_labels(PurePosixPath(name) for name in sorted(listed))
         with_images = {path.parent for path in paths if _is_image(path)}
-        groups: dict[str, list[str]] = defaultdict(list)
+        # By folder and name: joined into an id, different ones may become the same, and are refused.
+        groups: dict[tuple[PurePosixPath, str, bool], list[str]] = defaultdict(list)
         for path in paths:
             if _is_image(path):
-                groups[self._image_id(path)].append(str(path))
+                stem = strip_suffix(path.name)
+                channel = CHANNEL_SUFFIX.fullmatch(stem) if len(self.channels) > 1 else None
+                groups[path.parent, channel["id"] if channel else stem, channel is not None].append(str(path))
             elif _may_be_slice(path) and path.parent not in with_images:
-                groups["_".join(path.parent.parts) or PurePosixPath(self.store.root).name].append(str(path))
+                groups[path.parent, "", False].append(str(path))
         if not groups:
             raise MedsegError(
                 Code.NO_CASES,
@@ -182,16 +200,17 @@ class StorageSource:
                 remedy="check the folder; zips are not looked into",
             )
         cases = [
-            RemoteCase(case_id, (), None, key=(_digest({name: listed[name] for name in names}), *names))
-            for case_id, names in sorted(groups.items())
+            RemoteCase(
+                "_".join((*folder.parts, name) if name else folder.parts) or PurePosixPath(self.store.root).name,
+                (),
+                None,
+                key=(_digest({name: listed[name] for name in names}), *names),
+                num_bytes=sum(int(listed[name].get("size") or 0) for name in names),
+            )
+            for (folder, name, _), names in groups.items()
         ]
         refuse_same_ids(cases)
-        return cases
-
-    def _image_id(self, path: PurePosixPath) -> str:
-        stem = "_".join((*path.parent.parts, strip_suffix(path.name)))
-        channel = CHANNEL_SUFFIX.fullmatch(stem) if len(self.channels) > 1 else None
-        return channel["id"] if channel else stem
+        return sorted(cases, key=lambda case: case.case_id)
 
     def digest(self, case: RemoteCase) -> str:
         """SHA-256 of the names, sizes and stamps of its objects when they were listed."""
@@ -204,18 +223,18 @@ class StorageSource:
             MedsegError: E_LIMIT for what the disk does not hold; E_MULTI_SERIES for several scans in one folder;
                 E_ARCHIVE, E_MISSING, and what `find_inputs` refuses.
         """
-        room = shutil.disk_usage(folder).free * MAX_DISK_SHARE
+        room = int(shutil.disk_usage(folder).free * MAX_DISK_SHARE)
+        if case.num_bytes > room:
+            raise MedsegError(
+                Code.LIMIT,
+                "the scan is larger than the folder for temporary files holds",
+                where=case.case_id,
+                expected=f"{room} bytes at most",
+                got=f"{case.num_bytes} bytes",
+                remedy="make room, or set TMPDIR to a folder that has some",
+            )
         for name in case.key[1:]:
-            path = folder / PurePosixPath(name).name
-            self.store.get(name, path)
-            room -= path.stat().st_size
-            if room < 0:
-                raise MedsegError(
-                    Code.LIMIT,
-                    "the scan is larger than the folder for temporary files holds",
-                    where=case.case_id,
-                    remedy="make room, or set TMPDIR to a folder that has some",
-                )
+            self.store.get(name, folder / PurePosixPath(name).name)
         found = find_inputs([folder], channels=self.channels, reading=self.reading)
         if len(found) != 1:
             raise MedsegError(
@@ -235,8 +254,11 @@ class StorageSink:
         url: "s3://bucket/folder".
     """
 
+    replaces = True
+
     def __init__(self, url: str) -> None:
         self.store = Store(url, "--to")
+        self.url = self.store.url
 
     def begin(self, *, may_replace: bool) -> None:
         """Refuse to replace anything unasked.
@@ -256,6 +278,14 @@ class StorageSink:
         """Every file of a case."""
         return True
 
+    def standing(self, names: Collection[str]) -> dict[str, str]:
+        """The objects of these names, read to know whether they are still what was delivered.
+
+        Raises:
+            MedsegError: E_ARCHIVE.
+        """
+        return {name: digest for name in names if (digest := self.store.digest(name)) is not None}
+
     def deliver(self, files: Mapping[str, Path], identity: str) -> None:
         """Upload files, each whole.
 
@@ -274,6 +304,17 @@ class StorageSink:
         for name in TABLES:
             if (folder / name).is_file():
                 self.store.put(folder / name, name)
+
+
+def _without_labels(paths: Iterable[PurePosixPath]) -> list[PurePosixPath]:
+    """Objects that may be scans, as `find_inputs` tells them from labels."""
+    kept = [path for path in paths if not any(part.lower() in LABEL_FOLDERS for part in path.parent.parts)]
+    stems: dict[PurePosixPath, dict[str, Path]] = defaultdict(dict)
+    for path in kept:
+        if _is_image(path):
+            stems[path.parent][strip_suffix(path.name)] = Path(path)
+    labels = {folder / file.name for folder, found in stems.items() for file in split_off_labels(found)[1].values()}
+    return [path for path in kept if path not in labels]
 
 
 def _is_image(path: PurePosixPath) -> bool:

@@ -24,6 +24,7 @@ from medseg.metrics.case import DEFAULT_TOLERANCE_MM, measure_case
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric, metrics
 from medseg.reports import calibrated
+from medseg.reports.belonging import patients_by_case
 from medseg.reports.confidence import Intervals, intervals
 from medseg.reports.evaluation_files import write_files
 from medseg.reports.pairs import (
@@ -231,6 +232,7 @@ def evaluate_folders(
     reading: Reading = STRICT,
     instances: bool = False,
     probabilities: Path | None = None,
+    patients: Path | None = None,
 ) -> Evaluation:
     """Evaluate a folder of predictions, or one file, against references.
 
@@ -247,11 +249,14 @@ def evaluate_folders(
         reading: what is asked of the readers beyond their strict defaults.
         instances: the values of the files number instances of one class, which the metrics that count take as they are.
         probabilities: what `medseg predict --probabilities` wrote of the cases: they are calibrated too.
+        patients: table of the patient of each case; by default the manifest of the references' data set, else the
+            cases' names tell, if anything does (`patients_by_case`).
     Raises:
         MedsegError: E_MISSING for cases without a partner, E_NO_CASES, E_DUPLICATE_ID, E_GRID, E_LABEL, and what
             reading the files raises. No case is left out silently.
     """
     pairs = match_pairs(predicted, reference, missing=missing)
+    known = patients_by_case([pair.case for pair in pairs], reference, patients)
     if labels is None:
         labels = labels_of(
             predicted, reference, [pair.reference for pair in pairs], reading=reading, instances=instances
@@ -267,11 +272,13 @@ def evaluate_folders(
             prediction = Volume(table.to_values(np.zeros(truth.grid.shape, dtype=np.uint8)), truth.grid)
         else:
             prediction = open_label(pair.predicted, reading)
-            if shares is not None:
-                with one_at_a_time:
-                    found = shares.read(pair.case, reading)
-                    calibrations[pair.case] = calibrated.calibrated(found, truth, table, pair.case)
-                    del found
+        if shares is not None and pair.predicted is None:
+            calibrations[pair.case] = calibrated.CaseCalibration.missing()
+        elif shares is not None:
+            with one_at_a_time:
+                found = shares.read(pair.case, reading)
+                of_case = calibrated.calibrated(found, truth, table, pair.case, predicted=prediction)
+            calibrations[pair.case] = of_case
         rows = evaluate_pair(
             prediction, truth, table, tolerance_mm=tolerance_mm, names=names, case=pair.case, instances=instances
         )
@@ -298,7 +305,7 @@ def evaluate_folders(
         )
     rows = tuple(row for pair in pairs for row in results[pair.case][0])
     in_order = {pair.case: calibrations[pair.case] for pair in pairs if pair.case in calibrations}
-    return Evaluation(rows, labels, tolerance_mm, frames.pop(), calibrations=in_order)
+    return Evaluation(rows, labels, tolerance_mm, frames.pop(), known, in_order)
 
 
 def _counts(rows: Sequence[Row]) -> dict[State, int]:

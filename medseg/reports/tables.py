@@ -11,7 +11,7 @@ from rich.table import Table
 
 from medseg.metrics.masks import State
 from medseg.metrics.metric import Metric
-from medseg.reports.calibrated import NEAR_MM, interval_of
+from medseg.reports.calibrated import NEAR_MM, interval_of, num_defined
 from medseg.reports.evaluation import FOREGROUND, Evaluation, Summary
 from medseg.volume import PIXEL_FRAME
 
@@ -31,7 +31,10 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the means per class with the counts of empty masks, then the worst cases."""
     unit = "px" if evaluation.frame == PIXEL_FRAME else "mm"
     cases = len(evaluation.cases)
-    console.print(f"\n[bold]{cases} {'case' if cases == 1 else 'cases'}[/bold]  mean over cases, ± standard deviation")
+    whose = {evaluation.patients.get(case, case) for case in evaluation.cases} if evaluation.patients else ()
+    of_patients = f" of {len(whose)} {'patient' if len(whose) == 1 else 'patients'}" if whose else ""
+    counted = f"{cases} {'case' if cases == 1 else 'cases'}{of_patients}"
+    console.print(f"\n[bold]{counted}[/bold]  mean over cases, ± standard deviation")
     console.print(_class_table(evaluation, console.width))
     distances = "HD95" if "asd" in _left_out(evaluation, console.width) else "HD95, ASD"
     console.print(
@@ -52,7 +55,9 @@ def calibration_line(evaluation: Evaluation) -> str:
     parts = []
     for near, where in ((False, "over the scan"), (True, f"within {NEAR_MM:g} {unit} of the box of the structures")):
         mean = interval_of(evaluation.calibrations, evaluation.patients, near=near)
-        parts.append(f"{mean.mean:.4f} ({mean.low:.4f} to {mean.high:.4f}) {where}")
+        defined, cases = num_defined(evaluation.calibrations, near=near), len(evaluation.calibrations)
+        of_cases = f" in {defined} of {cases} cases" if defined < cases else ""
+        parts.append(f"{mean.mean:.4f} ({mean.low:.4f} to {mean.high:.4f}) {where}{of_cases}")
     return f"ECE {', '.join(parts)}"
 
 

@@ -69,34 +69,39 @@ def case_viewer(case: ValidationCase, uncertainty: Volume | None = None) -> Any 
 
     viewer = NiiVue(height=HEIGHT, is_colorbar=False, is_radiological_convention=True)
     layers = viewer_layers(case, uncertainty)
-    viewer.load_volumes([{k: v for k, v in layer.items() if k != "colours"} for layer in layers])
-    tables = {volume.id: layer.get("colours") for volume, layer in zip(viewer.volumes, layers, strict=True)}
-    sliders = []
-    for volume, layer in zip(viewer.volumes, layers, strict=True):
-        slider = ipywidgets.FloatSlider(
-            value=volume.opacity, min=0, max=1, step=0.05, readout=False,
+    sliders = [
+        ipywidgets.FloatSlider(
+            value=layer["opacity"], min=0, max=1, step=0.05, readout=False,
             description=layer["name"].partition(".")[0], layout={"width": "220px"},
-        )  # fmt: skip
-        ipywidgets.link((slider, "value"), (volume, "opacity"))
-        sliders.append(slider)
+        )
+        for layer in layers
+    ]  # fmt: skip
 
-    def colour(volume: Any) -> None:
-        if table := tables.get(volume.id):
-            volume.set_colormap_label(table)
+    def load(*_: object) -> None:
+        # A front end that is still making its canvas does not draw what it was sent before, and one that was sent a
+        # volume twice draws it without its colours: volumes are made when the canvas is there, and always new ones.
+        before = viewer.volumes
+        viewer.load_volumes(
+            [
+                {**{k: v for k, v in layer.items() if k != "colours"}, "opacity": slider.value}
+                for layer, slider in zip(layers, sliders, strict=True)
+            ]
+        )
+        for volume, layer in zip(viewer.volumes, layers, strict=True):
+            if "colours" in layer:
+                volume.set_colormap_label(layer["colours"])
+        for volume in before:
+            volume.close()
 
-    # A front end takes a table once and does not read it again, so that a mask sent a second time has no colours:
-    # each time that a mask was loaded it gets a table of its own.
-    viewer.on_image_loaded(colour)
+    def show(_: object) -> None:
+        for volume, slider in zip(viewer.volumes, sliders, strict=False):  # no volumes yet without a canvas
+            volume.opacity = slider.value
 
-    def send_again(*_: object) -> None:
-        volumes = viewer.volumes
-        viewer.volumes = []  # what does not change is not drawn
-        viewer.volumes = volumes
-
-    # A front end that is still making its canvas does not draw what was sent before: it is sent again, or on request.
-    viewer.on_canvas_attached(send_again)
+    for slider in sliders:
+        slider.observe(show, "value")
+    viewer.on_canvas_attached(load)
     reload = ipywidgets.Button(description="reload", tooltip="if the viewer stays black", layout={"width": "80px"})
-    reload.on_click(send_again)
+    reload.on_click(load)
     return ipywidgets.VBox([ipywidgets.HBox([*sliders, reload], layout={"flex_flow": "row wrap"}), viewer])
 
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from medseg.errors import Code, MedsegError
 from medseg.formats.atomic import whole_file
 from medseg.losses.choice import fitting_loss
 from medseg.reports.progress import counting_bar
-from medseg.training.changes import refuse_changes
+from medseg.training.changes import DIGESTS, digests_of, refuse_changes
 from medseg.training.experiment import DataConfig, Experiment
 from medseg.training.planning import plan_run
 
@@ -51,25 +51,33 @@ class Settled:
         splits: one for each of `Experiment.fold_numbers`, in their order.
         found: what reading the cases told, of all that train or validate.
         info: plan and model, for all folds.
+        store: what the cases were read with.
     """
 
     cases: Mapping[str, Case]
     splits: tuple[Split, ...]
     found: Survey
     info: BundleInfo
+    store: Store
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Of the files of every case that trains or validates, for the run that goes on."""
+        return digests_of((self.cases[info.case_id] for info in self.found.cases), self.store)
 
     def write(self, run: Path, split: Split) -> None:
         """Write down what one run begins with; its bundle.json comes last."""
         write_split(run / SPLIT_FILE, split)
-        write_survey(self.found, run)
+        write_survey(self.found, run, self.digests)
         self.info.plan.write(run / PLAN_FILE)
         self.info.write(run)
 
 
-def write_survey(found: Survey, folder: Path) -> None:
-    """Write `SURVEY_FILE`, whole or not at all."""
+def write_survey(found: Survey, folder: Path, digests: Mapping[str, str] | None = None) -> None:
+    """Write `SURVEY_FILE`, whole or not at all; with `digests` of the cases' files, where a run begins with them."""
+    content = found.to_json() if digests is None else {**found.to_json(), DIGESTS: digests}
     with whole_file(folder / SURVEY_FILE, ".json") as temporary:
-        temporary.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def open_store(data: DataConfig, run: Path) -> Store:
@@ -143,7 +151,8 @@ def settle(
     _, why = fitting_loss(experiment.loss, info.labels)
     if why is not None:
         console.print(f"loss       {why}", highlight=False, soft_wrap=True)
-    return Settled({case.case_id: case for case in folder.cases}, tuple(splits), found, info)
+    cases = {case.case_id: case for case in folder.cases}
+    return Settled(cases, tuple(splits), found, info, store or Store(None))
 
 
 def _read_and_divide(

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from medseg.bundle import BundleInfo
-from medseg.data.cases import DataFolder
+from medseg.data.cases import Case, DataFolder
 from medseg.data.facts import CaseInfo, ChannelStats, read_survey
-from medseg.data.store import Store
-from medseg.data.survey import raise_problems, survey
+from medseg.data.store import Store, case_digest
+from medseg.data.survey import MAX_REMEDIES, survey
 from medseg.errors import Code, MedsegError
+from medseg.formats.dicom.annotations import DrawnLabel
 from medseg.labels import Labels
 from medseg.reports.progress import counting_bar
 from medseg.training.experiment import DataConfig
 
+DIGESTS = "files_sha256"
+"""In a run's survey.json: id of each case → `digests_of` its files. Beside the facts of the cases, not among them: the
+fingerprint of the data in a bundle is made of these."""
 REMEDY = "put the files back as they were, or begin a new run from its weights: trainer.initial=RUN"
 CLOSE = 1e-6
 """Relative difference of numbers that are the same, computed by another processor."""
@@ -37,7 +42,7 @@ def refuse_changes(
     console: Console,
     store: Store,
 ) -> None:
-    """Read every case of a run again, and compare it with what the run found when it began.
+    """Read every case of a run again, and compare its files and what is in them with what the run began with.
 
     Args:
         folder: what lies in `data.root` now.
@@ -48,9 +53,10 @@ def refuse_changes(
         console: where the user reads.
         store: where what was read of unchanged files is found, and decoded cases wait to be prepared.
     Raises:
-        MedsegError: all that is wrong, at once: E_MISSING for cases that are gone, E_CHANGED for other content, and
-            what reading refuses.
+        MedsegError: all that is wrong, at once: E_MISSING for cases that are gone, E_CHANGED for other content or
+            classes, and what reading refuses.
     """
+    classes: MedsegError | None = None
     there = tuple(case for case in folder.cases if case.case_id in wanted)
     problems: dict[str, MedsegError] = {i: error for i, error in folder.problems if i in wanted}
     gone = wanted - {case.case_id for case in there} - problems.keys()
@@ -61,39 +67,83 @@ def refuse_changes(
         # Values that nobody declares are found in all cases together: those that the run found are asked for.
         undeclared = folder.labels is None and folder.structures is None
         declared = info.labels.to_json() if undeclared and not data.labels else data.labels
-        with counting_bar(console, "reading every case again") as progress:
-            found = survey(
-                dataclasses.replace(folder, cases=there, problems=()),
-                declared,
-                regions_order=data.regions_order,
-                num_threads=data.threads,
-                progress=progress,
-                on_bad_case="skip",
-                reading=data.reading,
-                store=store,
-                refused=problems,
-            )
-        _refuse_other_labels(found.labels, info.labels)
+        infos: tuple[CaseInfo, ...] = ()
+        try:
+            with counting_bar(console, "reading every case again") as progress:
+                found = survey(
+                    dataclasses.replace(folder, cases=there, problems=()),
+                    declared,
+                    regions_order=data.regions_order,
+                    num_threads=data.threads,
+                    progress=progress,
+                    on_bad_case="skip",
+                    reading=data.reading,
+                    store=store,
+                    refused=problems,
+                )
+            infos, classes = found.cases, _other_labels(found.labels, info.labels)
+        except MedsegError as error:
+            if not all(case.case_id in problems for case in there):  # else it says what `problems` says
+                classes = error
         if before.is_file():
-            for case_id, what in changed(read_survey(before), found.cases).items():
+            good = {told.case_id for told in infos}
+            digests = digests_of((case for case in there if case.case_id in good), store)
+            for case_id, what in changed(read_survey(before), infos, digests, same_classes=classes is None).items():
                 problems[case_id] = MedsegError(
                     Code.CHANGED, f"it is not the case that the run began with: {what}", where=case_id, remedy=REMEDY
                 )
-    raise_problems(problems, len(wanted), can_skip=False)
+    _refuse(classes, problems, len(wanted))
 
 
-def changed(before: Mapping[str, Any], now: Sequence[CaseInfo]) -> dict[str, str]:
+def digests_of(cases: Iterable[Case], store: Store) -> dict[str, str]:
+    """Id of each case → SHA-256 of the bytes of its files; "" where one of them cannot be read.
+
+    Args:
+        cases: which.
+        store: knows those of the files that it read already.
+    """
+
+    def digest(case: Case) -> str:
+        try:
+            if not isinstance(case.label, DrawnLabel):
+                return store.digest(case)
+            # The store's also follows from what structures mean: that are the classes, which are compared as such.
+            return case_digest(dataclasses.replace(case, label=dataclasses.replace(case.label, classes=())))
+        except OSError:
+            return ""
+
+    cases = tuple(cases)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((case.case_id for case in cases), pool.map(digest, cases), strict=True))
+
+
+def changed(
+    before: Mapping[str, Any],
+    now: Sequence[CaseInfo],
+    digests: Mapping[str, str] | None = None,
+    *,
+    same_classes: bool = True,
+) -> dict[str, str]:
     """Id of each case that is another than it was → what is, in words.
 
     Args:
         before: as `read_survey` gives it.
         now: what reading the cases again told.
+        digests: of their files, now.
+        same_classes: whether what is counted by classes, and taken from foreground, can be compared.
     Raises:
         MedsegError: E_RUN if what the run wrote down cannot be read.
     """
     known = {case["case_id"]: case for case in before["cases"]}
+    told: dict[str, str | None] = {}
     try:
-        told = {info.case_id: _difference(known[info.case_id], info) for info in now if info.case_id in known}
+        files = dict(before.get(DIGESTS) or {})
+        for info in now:
+            if info.case_id in known:
+                told[info.case_id] = _difference(known[info.case_id], info, same_classes=same_classes)
+            if told.get(info.case_id) is None and (was := files.get(info.case_id)):
+                is_same = digests is None or digests.get(info.case_id, was) == was
+                told[info.case_id] = None if is_same else "its files are others, byte for byte"
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise MedsegError(
             Code.RUN,
@@ -105,13 +155,13 @@ def changed(before: Mapping[str, Any], now: Sequence[CaseInfo]) -> dict[str, str
     return {case_id: what for case_id, what in told.items() if what is not None}
 
 
-def _difference(before: Mapping[str, Any], now: CaseInfo) -> str | None:
+def _difference(before: Mapping[str, Any], now: CaseInfo, *, same_classes: bool) -> str | None:
     """The first of its facts that is another; None where none is."""
+    counted = (("label_voxels", "voxels of the classes"), ("ignored_voxels", "ignored voxels"))
     for name, what in (
         ("shape", "shape"),
         ("orientation", "orientation"),
-        ("label_voxels", "voxels of the classes"),
-        ("ignored_voxels", "ignored voxels"),
+        *(counted if same_classes else ()),
         ("nonzero_shape", "box of nonzero voxels"),
     ):
         was, is_ = before[name], getattr(now, name)
@@ -120,7 +170,7 @@ def _difference(before: Mapping[str, Any], now: CaseInfo) -> str | None:
     if not _close(before["spacing_mm"], now.spacing_mm):
         return f"spacing {now.spacing_mm}, and it was {before['spacing_mm']}"
     for channel, (was, stats) in enumerate(zip(before["intensity"], now.intensity, strict=True)):
-        if not _same(was, stats):
+        if same_classes and not _same(was, stats):
             return f"intensities of channel {channel}"
     return None
 
@@ -137,13 +187,37 @@ def _close(first: Sequence[Any], second: Sequence[float]) -> bool:
     )
 
 
-def _refuse_other_labels(now: Labels, before: Labels) -> None:
-    if now != before:
-        raise MedsegError(
-            Code.CHANGED,
-            "the classes are not those that the run began with",
-            where="data.labels, or the data's own table of labels",
-            expected=before.to_json(),
-            got=now.to_json(),
-            remedy=REMEDY,
-        )
+def _other_labels(now: Labels, before: Labels) -> MedsegError | None:
+    if now == before:
+        return None
+    return MedsegError(
+        Code.CHANGED,
+        "the classes are not those that the run began with",
+        where="data.labels, or the data's own table of labels",
+        expected=before.to_json(),
+        got=now.to_json(),
+        remedy=REMEDY,
+    )
+
+
+def _refuse(classes: MedsegError | None, cases: Mapping[str, MedsegError], num_cases: int) -> None:
+    """Raise the one error, or all in a table: all, for no other verb knows what a run began with."""
+    ordered = [cases[case_id] for case_id in sorted(cases)]
+    errors = ordered if classes is None else [classes, *ordered]
+    if len(errors) < 2:
+        for error in errors:
+            raise error
+        return
+    table = [f"{case_id}: {cases[case_id].code} {cases[case_id].message}" for case_id in sorted(cases)]
+    if classes is not None:
+        sides = [str(side) for side in (classes.got, classes.expected) if side is not None]
+        table.insert(0, f"all cases: {classes.code} {classes.message}: {', expected '.join(sides)}")
+    remedies = dict.fromkeys(error.remedy for error in errors if error.remedy)
+    raise MedsegError(
+        errors[0].code,
+        f"{len(cases)} of {num_cases} cases cannot be used",
+        where="data.root",
+        expected="the cases that the run began with",
+        got="\n    ".join(["", *table]),
+        remedy="; ".join([*remedies][:MAX_REMEDIES]) or None,
+    )

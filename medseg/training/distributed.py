@@ -13,13 +13,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import tempfile
-import threading
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import FileStore, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from medseg.device import choose_device
@@ -43,13 +39,21 @@ LOST = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broke
 """What the errors of PyTorch say where another process is gone."""
 NEEDLESS = ".*Grad strides do not match bucket view strides.*"
 """A warning of DistributedDataParallel: filters of size 1 have no order of memory that could be wrong."""
+MEETING_FILE = "MEDSEG_MEETING_FILE"
+"""In the environment of processes that medseg.training.launching has started: the file where they meet."""
 _RUN_KEY = "medseg/run"
 """In the store of torchrun, which outlives its processes: the folder of the run."""
 
 
 def is_launched() -> bool:
-    """Whether this is one of several processes that torchrun, or `launch`, has started."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    """Whether this is one of several processes that torchrun, or `trainer.devices`, has started."""
+    meets = MEETING_FILE in os.environ or all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return meets and all(name in os.environ for name in ("RANK", "WORLD_SIZE"))
+
+
+def num_processes(devices: int) -> int:
+    """How many train together: as torchrun says, else `trainer.devices`."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else devices
 
 
 def is_follower() -> bool:
@@ -234,7 +238,11 @@ def joined() -> Iterator[World]:
     world = World(*(int(os.environ.get(name, 0 if name == "LOCAL_RANK" else 1)) for name in names))
     try:
         # What is agreed goes over the CPU, and nothing waits for a GPU; the group that computes comes with the device
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        if (meeting := os.environ.get(MEETING_FILE)) is not None:
+            store = FileStore(meeting, world.size)
+            dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
         yield world
         world.barrier()
         dist.destroy_process_group()
@@ -298,87 +306,6 @@ def _agent_store() -> TCPStore | None:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, wait_for_workers=False)
-
-
-def launch(work: Callable[..., Any], num_processes: int, *arguments: Any) -> Any:
-    """Start processes on this machine, as torchrun does, and wait for them.
-
-    Args:
-        work: what each does; a function of a module.
-        num_processes: how many.
-        arguments: of the function.
-    Returns:
-        What the main one returned.
-    Raises:
-        MedsegError: what the first process that was refused says; E_PROCESS where one ended otherwise.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        1,
-        1,
-        num_processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
-    with tempfile.TemporaryDirectory() as folder, _signals_as_they_were():
-        try:
-            return elastic_launch(config, _refusals_kept)(folder, work, *arguments)[0]
-        except SignalException as error:
-            raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SystemExit(128 + error.sigval)) from error
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            refusals = [_read_refusal(path) for path in sorted(Path(folder).iterdir())]
-            others = [r for r in refusals if r.code != Code.PROCESS]
-            if others:
-                raise others[0] from None
-            raise MedsegError(
-                Code.PROCESS,
-                "a process of the training has ended",
-                where=f"process {rank} of {num_processes}",
-                got=f"exit status {failure.exitcode}",
-                remedy="what ended it stands above; go on by: medseg train resume=RUN",
-            ) from None
-
-
-@contextmanager
-def _signals_as_they_were() -> Iterator[None]:
-    """What torch's launcher sets for signals it leaves behind: later ones would raise its own exception."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None)) is not None}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _refusals_kept(folder: str, work: Callable[..., T], *arguments: Any) -> T:
-    """Do the work; a refusal is written where the launcher finds it, whole."""
-    try:
-        return work(*arguments)
-    except (MedsegError, OSError, MemoryError, RuntimeError) as error:
-        refusal = error if isinstance(error, MedsegError) else of_machine(error)
-        if refusal is None:
-            raise
-        names = ("code", "message", "where", "expected", "got", "remedy")
-        values = {name: None if (v := getattr(refusal, name)) is None else str(v) for name in names}
-        with suppress(OSError):  # the disk may be full, and then the exit status tells it
-            Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(values), encoding="utf-8")
-        raise SystemExit(2) from error
-
-
-def _read_refusal(path: Path) -> MedsegError:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return MedsegError(Code(values.pop("code")), values.pop("message"), **values)
 
 
 def refuse_sweep(arguments: Sequence[str]) -> None:

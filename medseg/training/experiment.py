@@ -132,7 +132,7 @@ class TrainerConfig:
     patience: int | None = None
     """Stop early after this many validations in a row without a better Dice on whole volumes; null never stops early.
     The weights of the best validation are kept either way. A validation Dice that falls while the training loss still
-    does wants more variation: augment=strong."""
+    does may want more variation: augment=strong."""
     foreground_share: float = 0.33
     """Share of a batch that is centred on foreground."""
     even_classes: bool = False

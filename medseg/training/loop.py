@@ -114,7 +114,7 @@ class Loop:
         if device.type == "cpu":
             keep_freed_memory()
         self.counters = Counters()
-        if experiment.resume is not None and can_resume(run):
+        if self.world.told(experiment.resume is not None and can_resume(run)):  # files may change their names meanwhile
             self.counters, notes = self.world.main_first(
                 lambda: resume_latest(run, model, self.optimizer, self.scaler, self.average)
             )
@@ -123,8 +123,7 @@ class Loop:
                 # A larger budget moves the evenly spread validations: those due by now count as done.
                 self.counters.validations = int(self.progress() * self.config.num_validations + 1e-9)
         self.recent = torch.full((), self.counters.loss_sum, device=device)
-        self.is_left_out = False
-        self.last_dice = math.nan
+        self.is_left_out, self.last_dice = False, math.nan
         self.validated_at, self.validation_seconds = time.monotonic(), 0.0
         self.saved_at = time.monotonic()
         self.pictures = Pictures(self.config, info, training, validation, device, self.precision)
@@ -173,6 +172,7 @@ class Loop:
         signals.raise_received()
         if self.world.told(not checkpoint_path(self.run, "best").exists()):
             self.validate_and_save(journal)  # the budget was made smaller before the first validation
+            self.world.barrier()  # what is read next is there
 
     def is_stopped(self, signals: TrainingSignals) -> bool:
         """Whether a signal has asked any of the processes to stop."""

@@ -16,6 +16,7 @@ from medseg.data.plan.file import as_stated, read_plan, refuse_other_data, with_
 from medseg.data.plan.memory import complete_settings
 from medseg.device import choose_precision
 from medseg.errors import Code, MedsegError
+from medseg.training.distributed import num_processes
 from medseg.training.experiment import Experiment
 from medseg.training.initial import as_before, begun_by
 
@@ -37,7 +38,15 @@ def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> Bun
     experiment, before = begun_by(experiment, spatial_dims=found.spatial_dims, num_channels=found.num_channels)
     is_here = device.type != "cuda" or torch.cuda.is_available()
     precision = choose_precision(experiment.trainer.precision, device) if is_here else PRECISION_ELSEWHERE
-    machine = machine_for(found, experiment.data.plan, device=device.type, model=experiment.model, precision=precision)
+    machine = machine_for(
+        found,
+        experiment.data.plan,
+        device=device.type,
+        model=experiment.model,
+        precision=precision,
+        processes=num_processes(experiment.trainer.devices),
+        accumulate=experiment.trainer.accumulate,
+    )
     plan = as_before(_plan(experiment, found, machine), before, stated)
     names = found.labels.declared
     mirrored = mirrored_axes(experiment.augment, names, spatial_dims=plan.spatial_dims, is_picture=not plan.orientation)

@@ -51,9 +51,10 @@ def write_refusal(folder: Path, why: MedsegError | str) -> None:
 
 
 def refusals_in(sweep: Path) -> list[MedsegError]:
-    """What `write_refusal` left in the folders of a sweep, in their order."""
+    """The refusals that `write_refusal` left in the folders of a sweep, in their order; other words are none."""
     found = []
     for path in sorted(sweep.glob(f"*/{REFUSED_FILE}")):
-        code, _, rest = path.read_text(encoding="utf-8").strip().partition(": ")
-        found.append(MedsegError(Code(code), rest, where=None))
+        code, _, rest = path.read_text(encoding="utf-8", errors="replace").strip().partition(": ")
+        with suppress(ValueError):  # a trial that was ended early, or what somebody else wrote there
+            found.append(MedsegError(Code(code), rest, where=None))
     return found

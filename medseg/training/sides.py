@@ -57,9 +57,10 @@ def with_sides(experiment: Experiment, folder: DataFolder, console: Console) -> 
 def is_somebody_there(console: Console) -> bool:
     """Whether a question would be read and could be answered: a terminal on both sides, and this process in front.
 
-    A process behind (`medseg train … &`) would be stopped for reading. Of several processes none may wait alone.
+    A process behind (`medseg train … &`) would be stopped for reading. Of several processes none may wait alone. In a
+    notebook (`!medseg train …`) there is a terminal, and nobody can type there.
     """
-    if os.environ.get("CI") or int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if os.environ.get("CI") or "JPY_PARENT_PID" in os.environ or int(os.environ.get("WORLD_SIZE") or 1) > 1:
         return False
     if not (console.is_terminal and sys.stdin is not None and sys.stdin.isatty()):
         return False

@@ -103,7 +103,7 @@ def resume_latest(
     Returns:
         How far the run is, and lines for the user where something was not as it should be.
     Raises:
-        MedsegError: E_CHECKPOINT or E_MODEL, from reading; E_CHECKPOINT if it holds no trainer state.
+        MedsegError: E_CHECKPOINT, E_VERSION or E_MODEL, from reading; E_CHECKPOINT if it holds no trainer state.
     """
     path, tensors, metadata, notes = _read_latest(run)
     counters = _counters_in(metadata, path)
@@ -135,7 +135,7 @@ def read_counters(run: Path) -> Counters:
     """How far a run is, by its latest checkpoint, or by the previous one where that is damaged.
 
     Raises:
-        MedsegError: E_CHECKPOINT, from reading.
+        MedsegError: E_CHECKPOINT or E_VERSION, from reading.
     """
     path, _, metadata, _ = _read_latest(run)
     return _counters_in(metadata, path)
@@ -147,11 +147,14 @@ def _read_latest(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, An
     try:
         return path, *read_checkpoint(path), []
     except MedsegError as error:
-        if not previous.exists() or error.code is Code.VERSION:
+        if not previous.exists():
             raise
         try:
             tensors, metadata = read_checkpoint(previous)
-        except MedsegError:
+        except MedsegError as other:
+            for found in (error, other):
+                if found.code is Code.VERSION:
+                    raise found from None
             raise MedsegError(
                 Code.CHECKPOINT,
                 "the latest checkpoint and the previous one are both damaged",
@@ -160,8 +163,12 @@ def _read_latest(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, An
                 remedy=f"begin a new run with the best weights so far: trainer.initial={run}",
             ) from error
         step = metadata.get("counters", {}).get("step")
-        note = f"warning    {error.message}; going on from the one before it, of step {step}"
-        return previous, tensors, metadata, [note.replace("the checkpoint", "the latest checkpoint")]
+        # No SHA-256 covers the format: a flipped bit in it looks like another version's checkpoint.
+        what = error.message.replace("the checkpoint", "the latest checkpoint")
+        if error.code is Code.VERSION:
+            what = "the latest checkpoint is damaged, or of another version of medseg"
+        note = f"warning    {what}; going on from the one before it, of step {step}"
+        return previous, tensors, metadata, [note]
 
 
 def _counters_in(metadata: Mapping[str, Any], path: Path) -> Counters:

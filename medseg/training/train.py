@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,11 +32,13 @@ from medseg.reports.progress import counting_bar
 from medseg.reports.tables import print_evaluation
 from medseg.training.beginning import begin, found_cases, go_on, open_store, prepare
 from medseg.training.card import device_in_words, write_card
-from medseg.training.distributed import World, is_follower, is_launched, joined, launch, remember
+from medseg.training.distributed import World, is_follower, is_launched, joined, remember
 from medseg.training.experiment import Experiment, without_places, write_config
 from medseg.training.folds import Folds, Sides, begin_folds, go_on_folds
 from medseg.training.initial import load_initial, seen_before
 from medseg.training.journal import HISTORY_FILE, Journal
+from medseg.training.launching import launch
+from medseg.training.lock import locked
 from medseg.training.loop import Loop
 from medseg.training.pictures import conclude_board
 from medseg.training.postprocessing import forget_postprocessing, postprocess_run
@@ -78,14 +81,15 @@ def train(experiment: Experiment, run: Path, console: Console | None = None, wat
         watch: told of each validation of a training in this process.
     Raises:
         MedsegError: what the data, the configuration or the machine refuse; E_NAN_LOSS if the loss stops being finite;
-            E_PROCESS if one of several processes ends.
+            E_PROCESS if one of several processes ends; E_OUTPUT if another training writes into the run.
     """
     if experiment.trainer.devices > 1 and not is_launched():
+        say_shared_memory(experiment.trainer.device, console or Console())
         result: TrainResult = launch(_as_one_of_several, experiment.trainer.devices, experiment, run)
         return result
     run.mkdir(parents=True, exist_ok=True)
     remember(run)
-    with joined() as world:
+    with joined() as world, locked(run, is_main=world.is_main):
         return _train_in(world, experiment, run, console or Console(), watch)
 
 
@@ -95,6 +99,19 @@ def follow() -> None:
         values, run = world.told(None)
         experiment = dataclasses.replace(make_config(Experiment, values, where=""), resume=run)
         _train_in(world, experiment, Path(run), Console(quiet=True))
+
+
+def say_shared_memory(device: str, console: Console) -> None:
+    """Warn before NCCL fails for want of it, minutes later and in its own words."""
+    if device == "cpu" or ":" in device or torch.cuda.device_count() < 2:
+        return
+    from medseg.diagnosis import Status
+    from medseg.diagnosis.places import shared_memory
+
+    check = shared_memory()
+    if check.status is not Status.OK:
+        said = f"[yellow]warning[/]    {check.name}: {check.found}: {check.remedy}"
+        console.print(said, highlight=False, soft_wrap=True)
 
 
 def log_to(run: Path) -> None:
@@ -114,22 +131,33 @@ def _as_one_of_several(experiment: Experiment, run: Path) -> TrainResult | None:
 def _train_in(
     world: World, experiment: Experiment, run: Path, console: Console, watch: Watch | None = None
 ) -> TrainResult:
+    checks: list[dict[str, Any]] = []
     with save_signal_is_harmless(), deterministic(experiment.trainer.deterministic):
-        result = _train(experiment, run, console, world, watch)
+        result = _train(experiment, run, console, world, watch, checks)
     if world.is_main:
-        from medseg.diagnosis import diagnose  # decoders and packages, which a training begins without
-
-        whole = _whole(run)
-        checks = diagnose(whole.parent, experiment.trainer.device).record()["checks"]
-        write_manifest(whole, made={**made_now(), "checks": checks})
+        write_manifest(_whole(run), made={**made_now(), "checks": checks})
     return result
 
 
-def _tell(world: World, experiment: Experiment, run: Path, device: torch.device) -> None:
-    """Everything that the others read stands on the disk: they begin now."""
+def _tell(world: World, experiment: Experiment, run: Path, device: torch.device, checks: list[dict[str, Any]]) -> None:
+    """Everything that the others read stands on the disk: they begin now. `checks` takes what the machine is like."""
     if world.is_main:
         world.told([dataclasses.asdict(experiment), str(run.absolute())])
+        checks += _checks(_whole(run).parent, experiment.trainer.device)
     world.compute_on(device)
+
+
+def _checks(runs: Path, device: str) -> list[dict[str, Any]]:
+    """The table of `medseg doctor`, for the manifest: made while the device is free, and never a training's end."""
+    from medseg.diagnosis import diagnose  # decoders and packages, which a training that is refused does without
+    from medseg.diagnosis.check import in_short, warn
+
+    try:
+        found: list[dict[str, Any]] = diagnose(runs, device).record()["checks"]
+    except Exception as error:  # whatever drivers and packages of others raise
+        logging.getLogger(__name__).warning("the machine could not be looked at", exc_info=True)
+        return [dataclasses.asdict(warn("diagnosis", in_short(error), "medseg doctor says more"))]
+    return found
 
 
 def _whole(run: Path) -> Path:
@@ -137,7 +165,14 @@ def _whole(run: Path) -> Path:
     return run.parent if (run.parent / FOLDS_FILE).is_file() else run
 
 
-def _train(experiment: Experiment, run: Path, console: Console, world: World, watch: Watch | None) -> TrainResult:
+def _train(
+    experiment: Experiment,
+    run: Path,
+    console: Console,
+    world: World,
+    watch: Watch | None,
+    checks: list[dict[str, Any]],
+) -> TrainResult:
     """One fold or several, begun or gone on with."""
     device = world.device(experiment.trainer.device)
     folder = None
@@ -148,12 +183,13 @@ def _train(experiment: Experiment, run: Path, console: Console, world: World, wa
         write_config(experiment, run)
     store = open_store(experiment.data, run)
     if experiment.folds is not None:
-        return _train_folds(experiment, run, device, console, store, folder, world)
+        return _train_folds(experiment, run, device, console, store, folder, world, checks)
     if folder is not None:
         cases, split, info = begin(experiment, run, device, console, store, folder)
     else:
         cases, split, info = go_on(experiment, run, console, store if world.is_main else None)
-    _tell(world, experiment, run, device)
+    world.share_batch(info.plan.batch_size, experiment.trainer.accumulate)  # refused before anything is prepared
+    _tell(world, experiment, run, device, checks)
     prepared = partial(prepare, experiment, info, cases, console=console, store=store)
     result = _train_fold(experiment, run, info, cases, split, prepared, device, console, world, watch)
     if (run.parent / FOLDS_FILE).is_file():
@@ -171,13 +207,15 @@ def _train_folds(
     store: Store,
     folder: DataFolder | None,
     world: World,
+    checks: list[dict[str, Any]],
 ) -> TrainResult:
     """The folds one after the other, with one plan and one preparation, and their cross-validation."""
     if folder is not None:
         folds = begin_folds(experiment, run, device, console, store, folder)
     else:
         folds = go_on_folds(experiment, run, console, store if world.is_main else None)
-    _tell(world, experiment, run, device)
+    world.share_batch(folds.info.plan.batch_size, experiment.trainer.accumulate)
+    _tell(world, experiment, run, device, checks)
     preparation = folds.preparation(experiment, console, store)
     try:
         for place, fold in enumerate(folds.members, start=1):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from medseg.data.facts import Survey
-from medseg.data.nnunet_plan import LOWRES_SHARE, FloatArray, NetworkPlan, lower_resolution
+from medseg.data.nnunet_plan import LOWRES_SHARE, MIN_BATCH, FloatArray, NetworkPlan, lower_resolution
 from medseg.data.plan.axes import Seen, see
 from medseg.data.plan.intensity import plan_crop, plan_normalisation
 from medseg.data.plan.memory import GIB, SPARE, device_bytes
@@ -131,6 +131,8 @@ def machine_for(
     device: str,
     model: Mapping[str, Any] = DEFAULT_MODEL,
     precision: str = "bf16",
+    processes: int = 1,
+    accumulate: int = 1,
 ) -> Machine:
     """What a network is planned for.
 
@@ -140,6 +142,8 @@ def machine_for(
         device: "cuda", "cpu", …: what it will train on.
         model: name and settings of the network; stages that it leaves open are planned.
         precision: "bf16", "fp16" or "fp32": what it will compute in.
+        processes: that make a batch together, on GPUs each with its own.
+        accumulate: in how many parts each of them computes its samples.
     """
     device = device if device in BASE_WIDTH else "cpu"
     if config.memory_gb is not None and config.memory_gb <= 0:
@@ -149,7 +153,17 @@ def machine_for(
     budget = memory * (SPARE["cuda"] if stated else SPARE[device])
     owner = "data.plan.memory_gb" if stated else {"cuda": "the GPU's memory", "cpu": "the memory that is free"}[device]
     share = f"{budget / memory:.0%} of {owner}" if memory else ""
-    return Machine(device, precision, budget, model, survey.num_channels, survey.labels.num_outputs, share)
+    return Machine(
+        device,
+        precision,
+        budget,
+        model,
+        survey.num_channels,
+        survey.labels.num_outputs,
+        share,
+        parts=accumulate * (processes if device == "cuda" else 1),
+        least=max(MIN_BATCH, accumulate * processes),
+    )
 
 
 def _kind(survey: Survey, config: PlanConfig, reasons: dict[str, str]) -> Configuration:

@@ -54,6 +54,10 @@ class Machine:
     num_outputs: int
     budget_is: str = ""
     """What the budget was taken from, in words."""
+    parts: int = 1
+    """In how many parts a batch is computed: one after the other, or by as many GPUs."""
+    least: int = MIN_BATCH
+    """Samples of a batch, so that each part and process has one."""
 
     def cost(self, patch: Axes, widths: Axes, kernels: tuple[Axes, ...], strides: tuple[Axes, ...]) -> StepCost:
         """What a training step of a network with these stages holds."""
@@ -66,7 +70,7 @@ class Machine:
 
     def bytes_of(self, cost: StepCost, batch_size: int) -> float:
         """Of a training step."""
-        return cost.bytes_of(batch_size, device=self.device, precision=self.precision)
+        return cost.bytes_of(-(-batch_size // self.parts), device=self.device, precision=self.precision)
 
     def needs(
         self, patch: Axes, widths: Axes, kernels: tuple[Axes, ...], strides: tuple[Axes, ...], batch_size: int
@@ -145,7 +149,7 @@ class Planner:
         dims, device = len(median), machine.device
         width = config.base_width or BASE_WIDTH[device]
         voxels: float = PATCH_VOXELS[device][dims]
-        batch_size = config.batch_size or MIN_BATCH
+        batch_size = config.batch_size or machine.least
         limit = f"a patch on {IN_WORDS[device]} holds about {voxels} voxels at most"
         while True:
             patch = config.patch_size or self._patch(spacing_mm, median, voxels)
@@ -175,13 +179,13 @@ class Planner:
         room = (machine.budget - machine.bytes_of(cost, 0)) / max(1.0, needed - machine.bytes_of(cost, 0)) * batch_size
         wanted = round(BATCH_VOXELS[device][dims] / math.prod(net.patch_size))
         reasons["batch_size"] = (
-            f"about {BATCH_VOXELS[device][dims]} voxels a step on {IN_WORDS[device]}, at least {MIN_BATCH} patches"
+            f"about {BATCH_VOXELS[device][dims]} voxels a step on {IN_WORDS[device]}, at least {machine.least} patches"
         )
-        if wanted > room > MIN_BATCH:
+        if wanted > room > machine.least:
             reasons["batch_size"] = f"more would not fit into {machine.budget / GIB:.1f} GiB"
         reasons["widths"] += "" if config.base_width else f"; {width} because this is {IN_WORDS[device]}"
-        net = replace(net, batch_size=max(MIN_BATCH, min(wanted, int(room))), median_shape=tuple(map(float, median)))
-        return net, reasons
+        batch_size = max(machine.least, min(wanted, int(room)))
+        return replace(net, batch_size=batch_size, median_shape=tuple(map(float, median))), reasons
 
     def _patch(self, spacing_mm: FloatArray, median: FloatArray, voxels: float) -> Axes:
         """A patch of about `voxels`, cubic in mm, not larger than the median; freed room goes to other axes."""

@@ -98,6 +98,11 @@ def unpacked(path: Path) -> Path:
         return folder
 
 
+def is_unpacked(path: Path) -> bool:
+    """Whether a file or folder lies in what `unpacked` made: no other machine sees it."""
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in _unpacked.values())
+
+
 def listed(path: Path) -> dict[PurePosixPath, int]:
     """The files of a zip and the sizes that they claim, checked as `unpacked` checks them; nothing is unpacked.
 
