@@ -24,6 +24,7 @@ from medseg.errors import MedsegError
 from medseg.formats import Reading, nifti, open_channels, open_volume, write_label
 from medseg.formats.shares import write_shares
 from medseg.labels import Labels
+from medseg.reports.belonging import patients_by_case
 from medseg.reports.calibrated import NEAR_MM, Probabilities, Shares, calibrated
 from medseg.reports.evaluation import evaluate_folders
 from medseg.torchvision_compat import prepare_torchvision
@@ -434,3 +435,12 @@ def test_files_whose_forms_disagree(tmp_path: Path) -> None:
     run(tmp_path / "pred", tmp_path / "ref", "--form", "qform", "-o", tmp_path / "out", "--report")
     (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"]
     assert row["reference_volume_ml"] == pytest.approx(24 / 1000)
+
+
+def test_the_manifest_of_a_run_is_no_table_of_patients(tmp_path: Path) -> None:
+    """`medseg evaluate OUT RUN/validation`: beside the references lies medseg's own list of files and digests."""
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "manifest.json").write_text('{"format": "1", "files": {"plan.yaml": {"sha256": ""}}}', encoding="utf-8")
+    assert patients_by_case(["a"], tmp_path / "validation") == {}
+    (tmp_path / "manifest.json").write_text('[{"case": "a", "patient": "p"}]', encoding="utf-8")
+    assert patients_by_case(["a"], tmp_path / "validation") == {"a": "p"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ CHUNK = {2: 4, 3: 2}
 """Blocks along an edge of a chunk, by number of axes: what is found in the file by one look."""
 LEVEL = 1
 """Of Zstandard, the fastest."""
+AST_TRIES = 8
+"""Readings of a header before a fault of the interpreter is believed."""
 _WIDEST = 2**30
 """Most steps that a value may be from 0: the codes of wide images have 32 bits."""
 MAX_OPEN = 128
@@ -191,7 +194,7 @@ class StoredPositions:
 
     def __getitem__(self, index: Any, /) -> NDArray[np.int32]:
         try:
-            table = np.load(self._path, mmap_mode="r", allow_pickle=False)
+            table = _loaded(self._path)
         except OSError as error:
             raise MedsegError(
                 Code.MISSING,
@@ -200,6 +203,18 @@ class StoredPositions:
                 remedy="resume the run: it prepares what is gone",
             ) from error
         return positions_of(table[self._rows.start : self._rows.stop][index], self._shape)
+
+
+def _loaded(path: Path) -> NDArray[np.integer[Any]]:
+    """A .npy file, mapped.
+
+    Some CPythons count the depth of what `ast` reads, here the header, for all threads together, and may find a
+    mismatch that is none (issue 106905 of python/cpython): then it is read again.
+    """
+    for _ in range(AST_TRIES):
+        with suppress(SystemError):
+            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+    return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
 
 
 def positions_of(flat: NDArray[np.integer[Any]], shape: tuple[int, ...]) -> NDArray[np.int32]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medseg.data.layouts import Case, name_some
-from medseg.data.manifest import read_patients
+from medseg.data.manifest import read_json, read_patients
 from medseg.data.splits import patients_of
 from medseg.errors import Code, MedsegError
 from medseg.reports.pairs import case_id
@@ -57,4 +57,10 @@ def patients_by_case(cases: Sequence[str], reference: Path, table: Path | None =
 def _manifest_beside(reference: Path) -> Path | None:
     folder = reference.absolute() if reference.is_dir() else reference.absolute().parent
     places = (at / name for at in (folder, folder.parent) for name in MANIFESTS)
-    return next((path for path in places if path.is_file()), None)
+    return next((path for path in places if path.is_file() and not _is_of_a_run(path)), None)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether it is the manifest that medseg writes of a run or a bundle: files and digests, no cases."""
+    table = read_json(path) if path.suffix == ".json" else None
+    return isinstance(table, Mapping) and "files" in table and "cases" not in table
