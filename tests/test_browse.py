@@ -220,5 +220,10 @@ def test_data_are_found_from_the_run_where_the_path_is_relative(
         data_of(run)
     assert caught.value.code == Code.MISSING and str(tmp_path) not in str(caught.value)
     assert len(data_of(run, tiny_run.data).cases) == 4
+    whole = places.read_text()
+    places.write_text(whole.replace("data/train", "d" * 5000))  # found by fuzzing: too long for any file system
+    with pytest.raises(MedsegError, match="E_MISSING"):
+        data_of(run)
+    places.write_text(whole)
     shutil.copytree(tiny_run.data, tmp_path / "work" / "data" / "train")
     assert data_of(run).root == tmp_path / "work" / "data" / "train"

@@ -565,6 +565,17 @@ def test_damaged_files(written: Path, change: Callable[[Dataset], object], code:
     assert written.name in str(caught.value)
 
 
+def test_frames_without_number(written: Path) -> None:
+    """Found by fuzzing: a number of frames that is infinite."""
+    content, tag = written.read_bytes(), b"\x28\x00\x08\x00IS"
+    place = content.index(tag) + len(tag)
+    end = place + 2 + int.from_bytes(content[place : place + 2], "little")
+    written.write_bytes(content[:place] + b"\x04\0inf " + content[end:])
+    with pytest.raises(MedsegError) as caught:
+        read(written, GRID)
+    assert caught.value.code is Code.MALFORMED
+
+
 @pytest.mark.parametrize("tag", [0x00620002, 0x52009229])
 def test_sequences_nested_without_end(written: Path, tag: int) -> None:
     begin, item = b"SQ\0\0\xff\xff\xff\xff", b"\xfe\xff\x00\xe0\xff\xff\xff\xff"

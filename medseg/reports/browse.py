@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -332,7 +333,8 @@ def _find_stored(run: Path, stored: object) -> Path:
     """A path of a run's places, which is relative to wherever the training was started."""
     path = Path(str(stored)).expanduser()
     starts = [Path()] if path.is_absolute() else [*run.resolve().parents, Path()]
-    found = None if stored is None else next((start / path for start in starts if (start / path).exists()), None)
+    there = (start / path for start in starts if os.path.exists(start / path))  # noqa: PTH110  # no OSError for long names
+    found = None if stored is None else next(there, None)
     if found is None:
         raise MedsegError(
             Code.MISSING,

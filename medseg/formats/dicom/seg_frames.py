@@ -107,7 +107,7 @@ def read_stored(path: Path) -> Stored:
         syntax = DeflatedExplicitVRLittleEndian if deflated_at is not None else header.file_meta.TransferSyntaxUID
         compressed = syntax.is_encapsulated or syntax.is_deflated  # ValueError for a UID of something else
         kind = str(header.get("SegmentationType") or "")
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, NotImplementedError) as error:  # of any value
         raise malformed("the frames have no size", where, got=type(error).__name__) from error
     if shape[0] * shape[1] > MAX_SLICE_PIXELS:
         raise absurd(where, f"{shape[1]} × {shape[0]} pixels per frame")
