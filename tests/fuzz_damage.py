@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-from medseg.bundle.checkpoint import DIGEST_KEY, JSON_KEY, digest_of_tensors
+from medseg.bundle.checkpoint import FORMAT, FORMAT_KEY, JSON_KEY, with_digest
 
 Damage = Callable[[bytes, Random], bytes]
 
@@ -233,7 +233,7 @@ def damaged_checkpoint(data: bytes, rng: Random) -> bytes:
             )
     if rng.random() < 0.7:
         text = damaged_json(text.encode(), rng).decode("utf-8", "replace")
-    return save(tensors, {JSON_KEY: text, DIGEST_KEY: digest_of_tensors(tensors, text)})
+    return save(tensors, with_digest(tensors, {JSON_KEY: text, FORMAT_KEY: str(FORMAT)}))
 
 
 def damaged_safetensors(data: bytes, rng: Random) -> bytes:

@@ -610,6 +610,6 @@ FORMATS: dict[str, Format] = {
         read_run_tables,
     ),
     "nnunet": Format(make_nnunet, {".json": damaged_json, ".pth": damaged_zip}, read_nnunet),
-    "store": Format(make_store, {".json": damaged_json, ".b2nd": damaged_text, ".npy": damaged_text}, read_store),
+    "store": Format(make_store, {".json": damaged_json, ".b2nd": damaged_text, ".bin": damaged_text}, read_store),
     "overrides": Format(make_overrides, {".txt": damaged_text}, read_overrides),
 }  # fmt: skip

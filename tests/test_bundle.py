@@ -13,7 +13,7 @@ from peak import peak_bytes
 from safetensors.torch import save
 
 from medseg.bundle import BundleInfo, checkpoint_path, load_bundle, read_checkpoint, write_atomically, write_checkpoint
-from medseg.bundle.checkpoint import digest_of_tensors
+from medseg.bundle.checkpoint import with_digest
 from medseg.bundle.manifest import Manifest, write_manifest
 from medseg.documents import check_format
 from medseg.errors import Code, MedsegError
@@ -120,13 +120,13 @@ def test_what_another_version_wrote_is_not_called_damaged(tiny_run, tmp_path: Pa
         write_checkpoint(path, tensors, metadata)
     with pytest.raises(MedsegError, match=r"(?s)E_VERSION.*best.safetensors.*format 1.*format 7 of medseg"):
         load_bundle(run)
-    text = json.dumps(metadata)
-    stated = {"json": text, "sha256": digest_of_tensors(tensors, text)}
+    stated = with_digest(tensors, {"json": json.dumps(metadata), "format": "1"})
     path.write_bytes(save(tensors, stated))
-    assert load_bundle(run).info.labels.num_classes == 6, "a checkpoint of before formats were written down"
-    path.write_bytes(save(tensors, {**stated, "format": "x"}))
-    with pytest.raises(MedsegError, match="E_CHECKPOINT: the checkpoint is damaged"):
-        load_bundle(run)
+    assert load_bundle(run).info.labels.num_classes == 6
+    for other in ({**stated, "format": "x"}, {**stated, "medseg": "9"}, with_digest(tensors, {"json": stated["json"]})):
+        path.write_bytes(save(tensors, other))
+        with pytest.raises(MedsegError, match="E_CHECKPOINT: the checkpoint is damaged"):
+            load_bundle(run)
 
 
 @pytest.mark.parametrize("setting", ["num_convolutions", "num_decoder_convolutions", "num_blocks"])

@@ -26,7 +26,6 @@ from medseg.data.preparation import Preparation, prepare_cases
 from medseg.data.prepared import PreparedCase
 from medseg.data.sampling import PatchSampler
 from medseg.data.store import CONTENT, KEEP_DAYS, Store, basis_of
-from medseg.data.stored_array import StoredPositions
 from medseg.data.survey import survey
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, write_image, write_label
@@ -236,7 +235,7 @@ def test_a_new_case_is_the_only_one_prepared(cases: list[Case], tmp_path: Path, 
     assert decodings == ["d"]
 
 
-@pytest.mark.parametrize("name", ["image.b2nd", "label.b2nd", "locations.npy", CONTENT])
+@pytest.mark.parametrize("name", ["image.b2nd", "label.b2nd", "locations.bin", CONTENT])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_damage_is_a_miss_with_a_note(cases: list[Case], tmp_path: Path, name: str, damage: str) -> None:
     first = prepared(cases, tmp_path / "store")
@@ -445,21 +444,3 @@ def test_where_the_store_lies(tmp_path: Path) -> None:
     assert open_store(DataConfig(store=str(tmp_path / "disk")), run).folder == tmp_path / "disk"
     assert open_store(DataConfig(store=None), run).folder is None
     assert not (tmp_path / "runs").exists(), "nothing is made before there is something to keep"
-
-
-def test_a_header_that_the_interpreter_stumbles_over_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """CPython's issue 106905: `ast`, which reads the header, may raise SystemError where several threads use it."""
-    np.save(tmp_path / "a.npy", np.arange(6, dtype=np.uint32))
-    original, calls = np.load, []
-
-    def stumbling(*arguments: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) < 3:
-            raise SystemError("AST constructor recursion depth mismatch (before=42, after=39)")
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(np, "load", stumbling)
-    found = StoredPositions(tmp_path / "a.npy", range(1, 3), (2, 3), "a")[:]
-    assert found.tolist() == [[0, 1], [0, 2]] and len(calls) == 3

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -201,14 +200,9 @@ def resume_state(folder: Path) -> tuple[Counters, list[str], dict[str, torch.Ten
 
 
 def damaged(whole: bytes) -> list[bytes]:
-    """A file cut at every k-th byte, and with every k-th byte changed.
-
-    Who wrote it, and in which format, is not in its SHA-256, and stands now here, now there (safetensors' order is that
-    of a hash table): another version's name is no damage, and the format has a test of its own.
-    """
+    """A file cut at every k-th byte, and with every k-th byte changed."""
     places = np.unique(np.linspace(0, len(whole) - 1, 60).astype(int))
-    stated = {i for found in re.finditer(rb'"(?:medseg|format)":"[^"]*"', whole) for i in range(*found.span())}
-    flipped = [whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :] for i in places if i not in stated]
+    flipped = [whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :] for i in places]
     return [*(whole[:i] for i in places), *flipped]
 
 

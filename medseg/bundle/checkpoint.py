@@ -28,9 +28,10 @@ JSON_KEY = "json"
 FORMAT = 1
 """Raised when checkpoints change in a way that older code would misread."""
 FORMAT_KEY = "format"
-"""Of the safetensors metadata, which holds texts only. A file without it is of the first format."""
+"""Of the safetensors metadata, which holds texts only."""
 DIGEST_KEY = "sha256"
-"""Of the safetensors metadata: `digest_of_tensors`. The format itself notices cut files, not flipped bits."""
+"""Of the safetensors metadata: of all tensors and of the rest of the metadata. The format itself notices cut files, not
+flipped bits."""
 
 
 def checkpoint_path(run: Path, name: str) -> Path:
@@ -52,10 +53,8 @@ def write_checkpoint(
         MedsegError: E_OUTPUT if the operating system refuses.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(metadata)
-    stated = {JSON_KEY: text, DIGEST_KEY: digest_of_tensors(plain, text), FORMAT_KEY: str(FORMAT)}
-    content = save(plain, metadata={**stated, "medseg": __version__})
-    write_atomically(path, content, keep=keep)
+    stated = {JSON_KEY: json.dumps(metadata), FORMAT_KEY: str(FORMAT), "medseg": __version__}
+    write_atomically(path, save(plain, metadata=with_digest(plain, stated)), keep=keep)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -68,12 +67,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     try:
         with safe_open(path, framework="pt") as file:
             stated: dict[str, str] = file.metadata() or {}
-            check_format({**stated, FORMAT_KEY: int(stated.get(FORMAT_KEY, "1"))}, FORMAT, where=path)
+            check_format({**stated, FORMAT_KEY: int(stated[FORMAT_KEY])}, FORMAT, where=path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         metadata = parse_json(stated[JSON_KEY])
         if not isinstance(metadata, dict):
             raise ValueError("its description is no table")
-        if stated.get(DIGEST_KEY) != digest_of_tensors(tensors, stated[JSON_KEY]):
+        if stated != with_digest(tensors, stated):
             raise ValueError("its content is not that of its SHA-256")
     except FileNotFoundError as error:
         raise MedsegError(
@@ -94,19 +93,20 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     return tensors, metadata
 
 
-def digest_of_tensors(tensors: Mapping[str, torch.Tensor], text: str) -> str:
-    """SHA-256 of names, types, shapes and values of tensors, and of a text.
+def with_digest(tensors: Mapping[str, torch.Tensor], stated: Mapping[str, str]) -> dict[str, str]:
+    """Metadata with the SHA-256 of themselves and of names, types, shapes and values of tensors.
 
     Args:
         tensors: contiguous, in the computer's memory.
-        text: hashed first.
+        stated: texts; what stands under `DIGEST_KEY` is replaced.
     """
-    digest = hashlib.sha256(text.encode())
+    plain = {name: stated[name] for name in sorted(stated) if name != DIGEST_KEY}
+    digest = hashlib.sha256(json.dumps(plain).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return {**plain, DIGEST_KEY: digest.hexdigest()}
 
 
 def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *, where: Path) -> None:

@@ -6,7 +6,6 @@ begins (`in_memory="auto"`); patches of all others are read from the store. What
 
 from __future__ import annotations
 
-import io
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,15 @@ from medseg.data.plan import Plan
 from medseg.data.prepared import PreparedCase
 from medseg.data.preprocess import prepare_image, prepare_label
 from medseg.data.store import Entry, Store, basis_of
-from medseg.data.stored_array import StoredArray, StoredPositions, block_edges, compressed, positions_of, rounded
+from medseg.data.stored_array import (
+    StoredArray,
+    StoredPositions,
+    block_edges,
+    compressed,
+    index_type,
+    positions_of,
+    rounded,
+)
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading
 from medseg.labels import Labels
@@ -43,7 +50,7 @@ SLAB_VOXELS = 1 << 22
 """Voxels of a label that are searched at a time."""
 _PLAN_KEYS = ("configuration", "spatial_dims", "num_channels", "orientation", "spacing_mm", "crop", "normalisation")
 """What of a plan shapes every prepared case."""
-_IMAGE, _LABEL, _LOCATIONS = "image.b2nd", "label.b2nd", "locations.npy"
+_IMAGE, _LABEL, _LOCATIONS = "image.b2nd", "label.b2nd", "locations.bin"
 
 
 @dataclass
@@ -221,7 +228,7 @@ def _prepare(
         files = {
             _IMAGE: compressed(codes, blocks),
             _LABEL: compressed(label.numpy(), blocks),
-            _LOCATIONS: _npy(np.concatenate(found)),
+            _LOCATIONS: np.concatenate(found).astype(index_type(grid.shape)).tobytes(),
         }
         values_of = {
             "affine": grid.affine.tolist(),
@@ -263,13 +270,6 @@ def _num_bytes(case: PreparedCase) -> int:
     """Bytes of the case's arrays in memory: float32 and uint8."""
     voxels = int(np.prod(case.shape))
     return voxels * (4 * case.num_channels + 1) + 4 * len(case.shape) * sum(len(p) for p in case.locations)
-
-
-def _npy(array: NDArray[np.int64]) -> bytes:
-    stream = io.BytesIO()
-    fits = not array.size or array.max() <= np.iinfo(np.uint32).max
-    np.save(stream, array.astype(np.uint32) if fits else array, allow_pickle=False)
-    return stream.getvalue()
 
 
 def _locations(label: NDArray[np.uint8], num_classes: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ CHUNK = {2: 4, 3: 2}
 """Blocks along an edge of a chunk, by number of axes: what is found in the file by one look."""
 LEVEL = 1
 """Of Zstandard, the fastest."""
-AST_TRIES = 8
-"""Readings of a header before a fault of the interpreter is believed."""
 _WIDEST = 2**30
 """Most steps that a value may be from 0: the codes of wide images have 32 bits."""
 MAX_OPEN = 128
@@ -177,7 +174,7 @@ class StoredPositions:
     """Voxel positions of one class in a file of all classes; what is asked for is read, nothing stays open.
 
     Args:
-        path: a .npy file of flat indices of voxels, (voxels,).
+        path: flat indices of voxels (`index_type`), without a header, which would have to be parsed for each patch.
         rows: the entries of this class.
         shape: of the case.
         case_id: whose it is, for messages.
@@ -193,28 +190,25 @@ class StoredPositions:
         return len(self._rows)
 
     def __getitem__(self, index: Any, /) -> NDArray[np.int32]:
+        if not self._rows:
+            none: NDArray[np.int32] = np.empty((0, len(self._shape)), np.int32)[index]
+            return none
+        kind = np.dtype(index_type(self._shape))
         try:
-            table = _loaded(self._path)
-        except OSError as error:
+            table = np.memmap(self._path, kind, "r", self._rows.start * kind.itemsize, (len(self._rows),))
+        except (OSError, ValueError) as error:  # ValueError: shorter than it was
             raise MedsegError(
                 Code.MISSING,
                 "a prepared case is not in the store any more",
                 where=self._case_id,
                 remedy="resume the run: it prepares what is gone",
             ) from error
-        return positions_of(table[self._rows.start : self._rows.stop][index], self._shape)
+        return positions_of(table[index], self._shape)
 
 
-def _loaded(path: Path) -> NDArray[np.integer[Any]]:
-    """A .npy file, mapped.
-
-    Some CPythons count the depth of what `ast` reads, here the header, for all threads together, and may find a
-    mismatch that is none (issue 106905 of python/cpython): then it is read again.
-    """
-    for _ in range(AST_TRIES):
-        with suppress(SystemError):
-            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
-    return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+def index_type(shape: tuple[int, ...]) -> type[np.integer[Any]]:
+    """What flat indices of a case's voxels are stored in."""
+    return np.uint32 if math.prod(shape) <= 1 << 32 else np.int64
 
 
 def positions_of(flat: NDArray[np.integer[Any]], shape: tuple[int, ...]) -> NDArray[np.int32]:

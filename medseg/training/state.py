@@ -163,7 +163,7 @@ def _read_latest(run: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, An
                 remedy=f"begin a new run with the best weights so far: trainer.initial={run}",
             ) from error
         step = metadata.get("counters", {}).get("step")
-        # No SHA-256 covers the format: a flipped bit in it looks like another version's checkpoint.
+        # Another version's SHA-256 may be of other things: a flipped bit in the format looks like its checkpoint.
         what = error.message.replace("the checkpoint", "the latest checkpoint")
         if error.code is Code.VERSION:
             what = "the latest checkpoint is damaged, or of another version of medseg"
