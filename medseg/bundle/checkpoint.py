@@ -18,7 +18,7 @@ from safetensors.torch import save
 from medseg import __version__
 from medseg.documents import check_format, parse_json
 from medseg.errors import Code, MedsegError
-from medseg.formats.atomic import whole_file
+from medseg.formats.atomic import make_folder, whole_file
 
 CHECKPOINT_FOLDER = "checkpoints"
 MODEL_PREFIX = "model."
@@ -155,16 +155,7 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
     Raises:
         MedsegError: E_OUTPUT if the operating system refuses.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MedsegError(
-            Code.OUTPUT,
-            "the folder cannot be made",
-            where=path.parent.name,
-            got=error.strerror or type(error).__name__,
-            remedy="check that the place is writable and has room",
-        ) from error
+    make_folder(path.parent)
     with whole_file(path, path.suffix) as temporary:
         with temporary.open("wb") as file:
             file.write(content)

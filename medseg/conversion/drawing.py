@@ -8,9 +8,10 @@ import numpy as np
 from rich.console import Console
 
 from medseg import __version__
-from medseg.conversion.options import Options, check_targets, make_folder, say_written
+from medseg.conversion.options import Options, check_targets, say_written
 from medseg.errors import Code, MedsegError
 from medseg.formats import open_label, read_grid
+from medseg.formats.atomic import make_folder
 from medseg.formats.content import content_in_words
 from medseg.formats.dicom.export import ENDINGS, IDENTIFIERS_REMARK, Form, write_annotation
 from medseg.formats.dicom.structures import Algorithm

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from medseg.conversion.options import Options, check_targets, make_folder, say_written
+from medseg.conversion.options import Options, check_targets, say_written
 from medseg.conversion.structures import look, write_separate
 from medseg.conversion.tables import draw_label, table_for
 from medseg.data.structure_table import StructureTable
 from medseg.errors import Code, MedsegError
 from medseg.formats import open_volume, write_image, write_label
+from medseg.formats.atomic import make_folder
 from medseg.formats.content import damage_with_content
 from medseg.formats.dicom.catalog import Catalog, CatalogSeries
 from medseg.formats.label_table import CaseRecord, beside, write_table, written_names

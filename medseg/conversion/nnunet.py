@@ -21,10 +21,11 @@ from torch import Tensor
 from medseg.bundle import BUNDLE_FILE, MODEL_PREFIX, BundleInfo, checkpoint_path, write_checkpoint
 from medseg.conversion.nnunet_network import network_of, our_weights, refused
 from medseg.conversion.nnunet_plan import DATASET_FILE, PLANS_FILE, channels_of, labels_of, plan_of
-from medseg.conversion.options import check_targets, is_file_name, make_folder
+from medseg.conversion.options import check_targets, is_file_name
 from medseg.data.plan.memory import GIB, step_cost
 from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
+from medseg.formats.atomic import make_folder
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 DEFAULT_TRAINER = "nnUNetTrainer"

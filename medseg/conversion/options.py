@@ -119,24 +119,6 @@ def check_targets(targets: Iterable[Path], sources: Iterable[Path], *, overwrite
         )
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for outputs.
-
-    Raises:
-        MedsegError: E_OUTPUT.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MedsegError(
-            Code.OUTPUT,
-            "the folder cannot be made",
-            where=folder.name,
-            got=error.strerror or type(error).__name__,
-            remedy="check that no file has its name and that the place is writable",
-        ) from error
-
-
 def say_written(console: Console, path: Path, volume: Volume | None, warnings: Iterable[str], more: str = "") -> None:
     """One line for a file, and below it what is to be known of it."""
     size = "" if volume is None else "  " + describe(volume)

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from medseg.conversion.options import Options, check_targets, is_file_name, make_folder, say_written
+from medseg.conversion.options import Options, check_targets, is_file_name, say_written
 from medseg.conversion.tables import draw_label, table_for
 from medseg.data.structure_table import StructureTable
 from medseg.errors import Code, MedsegError
 from medseg.formats import Source, read_grid, write_label
+from medseg.formats.atomic import make_folder
 from medseg.formats.content import Kind, kind_of
 from medseg.formats.dicom.annotations import folded, masks, read_annotation
 from medseg.formats.dicom.catalog import Catalog, CatalogSeries, read_catalog

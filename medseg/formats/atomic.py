@@ -1,4 +1,4 @@
-"""Writing files that are either whole or not there."""
+"""Writing files that are either whole or not there, and the folders for them."""
 
 from __future__ import annotations
 
@@ -34,3 +34,21 @@ def whole_file(path: Path, suffix: str) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for outputs, with those above it; it may be there.
+
+    Raises:
+        MedsegError: E_OUTPUT.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MedsegError(
+            Code.OUTPUT,
+            "the folder cannot be made",
+            where=folder.name,
+            got=error.strerror or type(error).__name__,
+            remedy="check that no file has its name and that the place is writable and has room",
+        ) from error

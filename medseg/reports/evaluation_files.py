@@ -15,8 +15,7 @@ import numpy as np
 import scipy
 
 import medseg
-from medseg.errors import Code, MedsegError
-from medseg.formats.atomic import whole_file
+from medseg.formats.atomic import make_folder, whole_file
 from medseg.metrics.masks import State
 from medseg.reports import calibrated
 from medseg.reports.confidence import few, numbered, volume_agreements
@@ -41,16 +40,7 @@ def write_files(evaluation: Evaluation, folder: Path) -> None:
     Raises:
         MedsegError: E_OUTPUT.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MedsegError(
-            Code.OUTPUT,
-            "the folder cannot be made",
-            where=folder.name,
-            got=error.strerror,
-            remedy="choose another folder",
-        ) from error
+    make_folder(folder)
     columns = {m.name: m.column(evaluation.frame) for m in evaluation.metrics}
     table = [["case", "class", "state", *columns.values()]]
     for row in evaluation.rows:
