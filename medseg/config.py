@@ -29,14 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from medseg.bundle import BUNDLE_FILE
-from medseg.data.augment import AugmentConfig
 from medseg.documents import YAML_ERRORS, check_yaml
 from medseg.errors import Code, MedsegError, nearest, of_machine
-from medseg.losses import LOSSES
-from medseg.models import MODELS
-from medseg.registry import Registry, make_config
-from medseg.training.experiment import CONFIG_FILE, PLACES, PLACES_FILE, DataConfig, Experiment, TrainerConfig
-from medseg.training.optimizers import OPTIMIZERS
+from medseg.registry import make_config
+from medseg.tasks import LEFT_AS_THEY_ARE, SEGMENTATION, TASKS, configs_folder, task_named, task_of
+from medseg.training.experiment import CONFIG_FILE, PLACES_FILE
 from medseg.training.overrides import options_first, refuse_nesting
 from medseg.training.run_folder import (
     REFUSED_FILE,
@@ -46,27 +43,9 @@ from medseg.training.run_folder import (
     used_folder,
     write_refusal,
 )
-from medseg.training.schedules import SCHEDULES
-
-PART_GROUPS: dict[str, Registry[Any]] = {
-    "model": MODELS,
-    "loss": LOSSES,
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-}
-"""Groups whose options are registered parts."""
-PLAIN_GROUPS: dict[str, type] = {"data": DataConfig, "augment": AugmentConfig, "trainer": TrainerConfig}
-"""Groups with one dataclass each."""
 
 
-def configs_folder() -> Path:
-    """Where the YAML files lie: inside an installed wheel, or at the top of the source tree."""
-    package = Path(__file__).resolve().parent
-    inside, beside = package / "configs", package.parent / "configs"
-    return inside if inside.is_dir() else beside
-
-
-def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Experiment, Path], Any]) -> None:
+def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Any, Path], Any]) -> None:
     """Compose a configuration from a command line as Hydra does (sweeps, --cfg, completion included) and run a task.
 
     Args:
@@ -170,7 +149,7 @@ def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, tuple[s
     return [o.input_line for o in parsed if not o.is_sweep_override() and o.input_line], searched
 
 
-def compose(config_name: str, overrides: Sequence[str]) -> Experiment:
+def compose(config_name: str, overrides: Sequence[str]) -> Any:
     """The experiment of a list of overrides, without running anything (for the demo, notebooks and tests).
 
     Raises:
@@ -184,45 +163,45 @@ def compose(config_name: str, overrides: Sequence[str]) -> Experiment:
         raise _explain(error, config_name, overrides) from error
 
 
-def experiment_from(config: DictConfig) -> Experiment:
-    """Check a composed configuration and turn it into dataclasses.
+def experiment_from(config: DictConfig) -> Any:
+    """Check a composed configuration and turn it into the dataclasses of its task.
 
     Raises:
         MedsegError: E_CONFIG or E_NAME for keys, types or names that do not exist.
     """
     values = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(values, Mapping):
+    if not isinstance(values, dict):
         raise MedsegError(Code.CONFIG, "the configuration is not a table", got=type(values).__name__)
-    experiment = make_config(Experiment, {str(k): v for k, v in values.items()}, where="")
-    for group, registry in PART_GROUPS.items():
+    task = task_named(str(values.get("task", SEGMENTATION)))
+    for *groups, last in task.experiment.places:  # absolute: a run may go on, and be looked at, from another folder
+        table: Any = values
+        for name in groups:
+            table = table.get(name) if isinstance(table, dict) else None
+        if isinstance(table, dict) and isinstance(table.get(last), str) and (*groups, last) not in LEFT_AS_THEY_ARE:
+            table[last] = str(Path(table[last]).expanduser().absolute())
+    experiment = make_config(task.experiment, {str(k): v for k, v in values.items()}, where="")
+    for group, registry in task.parts.items():
         # Checked here, before any data are read; parts are built where they are used.
         settings = dict(getattr(experiment, group))
         part = registry.part(str(settings.pop("name", "")))
         make_config(part.config, settings, where=group)
-    # Absolute paths: a run may go on, and be looked at, from another folder.
-    data = experiment.data
-    split = dataclasses.replace(data.split, file=_absolute(data.split.file))
-    data = dataclasses.replace(data, root=_absolute(data.root), manifest=_absolute(data.manifest), split=split)
-    trainer = dataclasses.replace(experiment.trainer, initial=_absolute(experiment.trainer.initial))
-    return dataclasses.replace(experiment, trainer=trainer, data=data, plan=_absolute(experiment.plan))
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
+    return experiment
 
 
 def register_schema() -> None:
     """Store the defaults of all parts where the YAML files expect them."""
     store = ConfigStore.instance()
-    for group, registry in PART_GROUPS.items():
-        for name in registry.names():
-            store.store(group=group, name=f"_{name}", node=_defaults(registry.part(name).config))
-    for group, cls in PLAIN_GROUPS.items():
-        store.store(group=group, name=f"_{group}", node=_defaults(cls))
-    store.store(name="_train", node={"plan": None, "fold": 0, "folds": None, "seed": 0, "resume": None})
+    for task in TASKS.values():
+        for group, registry in task.parts.items():
+            for name in registry.names():
+                store.store(group=group, name=f"_{name}", node=_defaults(registry.part(name).config))
+        for group, (name, cls) in task.plain.items():
+            store.store(group=group, name=name, node=_defaults(cls))
+        top = {key: value for key, value in _defaults(task.experiment).items() if key not in task.groups}
+        store.store(name=f"_{task.config}", node=top)
 
 
-def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
+def resumed(run: Path, overrides: Sequence[str]) -> Any:
     """The experiment of a run that goes on: its own configuration, with other values of `trainer` where given.
 
     Args:
@@ -252,7 +231,8 @@ def resumed(run: Path, overrides: Sequence[str]) -> Experiment:
             )
     try:
         config = _read_yaml(stored)
-        for key in (".".join(names) for names in PLACES):
+        task = task_named(str(config.get("task", SEGMENTATION)))
+        for key in (".".join(names) for names in task.experiment.places):
             if key in places:
                 OmegaConf.update(config, key, places[key])
         OmegaConf.update(config, "resume", str(run))
@@ -334,7 +314,7 @@ def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> Me
     if option and isinstance(error, MissingConfigException):
         group, name = option.groups()
         options = re.findall(r"^\t+(\S+)$", text, flags=re.MULTILINE)
-        known = [o for o in options if not o.startswith("_")] or group_options(group)
+        known = [o for o in options if not o.startswith("_")] or task_of(arguments).options(group)
         return MedsegError(
             Code.CONFIG,
             f"there is no option {name!r} of {group}",
@@ -355,7 +335,7 @@ def _unknown_key(key: str, config_name: str, arguments: Sequence[str]) -> Medseg
     parent, _, last = name.rpartition(".")
     groups = [a for a in arguments if "=" in a and "." not in a.split("=")[0] and not a.startswith(("-", "hydra"))]
     try:
-        known_groups = {*PART_GROUPS, *PLAIN_GROUPS} - {name}
+        known_groups = task_of(arguments).groups - {name}
         config = _compose(config_name, [g for g in groups if g.split("=")[0] in known_groups])
         node = OmegaConf.select(config, parent) if parent else config
         known = [str(k) for k in node] if isinstance(node, DictConfig) else []
@@ -365,20 +345,15 @@ def _unknown_key(key: str, config_name: str, arguments: Sequence[str]) -> Medseg
             known = [str(k) for k in node] if isinstance(node, DictConfig) else []
     except (HydraException, OmegaConfBaseException):
         known = []
-    if not parent and last in known and group_options(last):
+    if not parent and last in known and (configs_folder() / last).is_dir():
         return MedsegError(
             Code.CONFIG,
             f"{name} takes the name of an option",
             where=name,
-            expected=" | ".join(group_options(last)),
+            expected=" | ".join(task_of(arguments).options(last)),
             remedy=f"set single values by {name}.KEY=VALUE",
         )
     remedy = nearest(last, known) if known else "medseg train --help lists all keys"
     if known:
         remedy = re.sub(r"'([^']+)'", lambda m: f"'{parent}.{m.group(1)}'" if parent else m.group(0), remedy)
     return MedsegError(Code.CONFIG, f"unknown key {name}", where=name, remedy=remedy)
-
-
-def group_options(group: str) -> list[str]:
-    """The YAML files of a group."""
-    return sorted(p.stem for p in (configs_folder() / group).glob("*.yaml"))

@@ -358,3 +358,7 @@ def _class_name(of: frozenset[str], regions: Mapping[str, frozenset[int]]) -> st
     other = [n for n in regions if n not in of and any(regions[n] & regions[m] for m in inner)]
     outer = [n for n in other if not any(regions[n] < regions[m] for m in other)]
     return " and ".join(inner) + (" without " + " or ".join(outer) if outer else "")
+
+
+UNLABELLED = Labels(("background", "unknown"), ((0,), (1,)))
+"""Of cases that are learnt from without labels: planned for as for one class, and no voxel has it."""

@@ -165,18 +165,24 @@ def _type_hints(cls: typing.Hashable) -> Mapping[str, Any]:
 
 
 def field_descriptions(cls: type) -> dict[str, str]:
-    """What the strings under a dataclass's fields say: field → text. Empty where the source is not at hand."""
-    try:
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    except (OSError, TypeError):
-        return {}
+    """What the strings under a dataclass's fields say, those of its bases included: field → text. Empty where the
+    source is not at hand."""
     found: dict[str, str] = {}
-    statements = body.body if isinstance(body, ast.ClassDef) else []
-    for field, text in itertools.pairwise(statements):
-        match field, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                found[name] = " ".join(words.split())
-    return found
+    for base in (base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)):
+        try:
+            (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError):
+            continue
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for field, text in itertools.pairwise(statements):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                    found[name] = " ".join(words.split())
+    return {field.name: found[field.name] for field in _fields(cls) if field.name in found}
+
+
+def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 def described_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -18,6 +18,7 @@ from medseg.config import compose, resumed, search_space
 from medseg.errors import Code, MedsegError
 from medseg.program import command
 from medseg.reports.sweep import conclude_sweep
+from medseg.tasks import SEGMENTATION, TASKS, task_of
 from medseg.training.distributed import is_launched
 from medseg.training.experiment import Experiment
 from medseg.training.run_folder import has_begun, write_refusal
@@ -26,6 +27,7 @@ from medseg.training.train import train
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
+CONFIG_NAME = TASKS[SEGMENTATION].config
 STUDY_FILE = "study.log"
 """Optuna's journal: lines of JSON."""
 PASSABLE = (Code.LIMIT, Code.NAN_LOSS, Code.MODEL)
@@ -114,6 +116,13 @@ def _refuse(overrides: Sequence[str], space: _Space) -> None:
             where="medseg tune",
             remedy="leave torchrun out: trainer.devices=N starts the processes of each trial",
         )
+    if task_of(overrides) is not TASKS[SEGMENTATION]:
+        raise MedsegError(
+            Code.CONFIG,
+            "only settings of a segmentation are searched",
+            where="task",
+            remedy="compare trainings of another task by a sweep: medseg train -m task=… KEY=A,B",
+        )
     if not space:
         raise MedsegError(
             Code.CONFIG,
@@ -133,7 +142,7 @@ def _check(fixed: Sequence[str], space: _Space) -> None:
     most = max(len(values) if _is_choice(values) else 2 for values in space.values())
     for number in range(most):
         chosen = [f"{key}={values[min(number, _last(values))]}" for key, values in space.items()]
-        compose("train", [*fixed, *chosen])
+        compose(CONFIG_NAME, [*fixed, *chosen])
 
 
 def _one_trial(study: Study, fixed: Sequence[str], space: _Space, folder: Path, console: Console) -> None:
@@ -170,9 +179,12 @@ def _one_trial(study: Study, fixed: Sequence[str], space: _Space, folder: Path, 
 
 def _experiment(run: Path, fixed: Sequence[str], chosen: Mapping[str, Any]) -> Experiment:
     """Of a new trial, or of one that goes on."""
+    experiment: Experiment
     if has_begun(run):
-        return resumed(run, [])
-    return compose("train", [*fixed, *(f"{key}={value}" for key, value in chosen.items())])
+        experiment = resumed(run, [])
+    else:
+        experiment = compose(CONFIG_NAME, [*fixed, *(f"{key}={value}" for key, value in chosen.items())])
+    return experiment
 
 
 def _suggest(trial: Trial, key: str, values: tuple[str, ...] | tuple[float, float, bool]) -> Any:

@@ -3,12 +3,14 @@
 
     python scripts/inject_faults.py                          25 operations of each verb
     python scripts/inject_faults.py --every 1 --write        every operation; writes docs/reliability/faults.json
+    python scripts/inject_faults.py --verb tune --write      of one verb; the figures of the others stay as they are
     python scripts/inject_faults.py --verb predict --at 17   one fault, with all that is said
 
 A disk is full (or read-only, or failing) from the k-th operation on: k-th file that begins, bytes that reach it, folder
 that is made. `--every N` is of full disks; read-only and failing ones, which take the same ways through the code, are
 tried at a fifth as many operations. On one calm core `--every 1` takes about half an hour, nearly all of it `train`:
-four seconds a fault. The figures are written after each fault.
+four seconds a fault. The figures are written after each fault; those of a verb (and of the tests, which a call with
+--verb leaves out) take the place of what an earlier call wrote.
 
 After each fault the exit status, the message and every file are looked at; then the same is done again with room. The
 other faults (memory, threads, NaN, clocks, cases that vanish, small file systems) are tests/test_faults.py, which
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(TESTS))
     from faults import SCENARIOS, count, inject, materials
 
-    figures: dict[str, Any] = {"injected": {}, "tests": {}}
+    unknown = sorted(set(options.verbs or ()) - set(SCENARIOS))
+    if unknown or (options.write and options.at):
+        parser.error(f"not known: {unknown}; verbs: {', '.join(SCENARIOS)}" if unknown else "--at writes no figures")
+    figures = earlier(SCENARIOS) if options.write else {"injected": {}, "tests": {}}
+    harmed = False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         given = materials(folder / "given")
@@ -61,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reference.mkdir()
             total = count(SCENARIOS[verb], reference, given)
             for fault, code in CODES.items():
-                entry = figures["injected"].setdefault(f"{verb}: {fault}", {"operations": total, "faults": 0})
-                entry |= {"refused": 0, "handled": 0, "lost_bytes": 0, "harm": []}
+                entry: dict[str, Any] = {"operations": total, "faults": 0, "refused": 0, "handled": 0, "lost_bytes": 0}
+                figures["injected"][f"{verb}: {fault}"] = entry | {"harm": []}
+                entry = figures["injected"][f"{verb}: {fault}"]
                 step = options.every or max(1, total // POINTS)
                 if code != errno.ENOSPC:
                     step *= FEWER
@@ -81,13 +88,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(
                     f"{verb}: {fault}, {total} operations, {entry['faults']} faults, harm: {entry['harm']}", flush=True
                 )
+                harmed |= bool(entry["harm"])
                 if options.at:
                     break
     if options.write:
-        figures["tests"] = counted_tests()
-        write(figures)
+        if not options.verbs:
+            figures["tests"] = counted_tests()
+            write(figures)
         subprocess.run([sys.executable, PAGE], check=True)
-    return 1 if any(entry["harm"] for entry in figures["injected"].values()) else 0
+    return 1 if harmed else 0
+
+
+def earlier(verbs: Container[str]) -> dict[str, Any]:
+    """What earlier calls wrote, of the verbs that there still are."""
+    if not FIGURES.exists():
+        return {"injected": {}, "tests": {}}
+    figures: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8"))
+    kept = {name: entry for name, entry in figures["injected"].items() if name.partition(":")[0] in verbs}
+    return {"injected": kept, "tests": figures["tests"]}
 
 
 def write(figures: dict[str, Any]) -> None:

@@ -12,9 +12,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from medseg.config import PART_GROUPS, PLAIN_GROUPS, configs_folder, group_options
 from medseg.registry import described_fields
-from medseg.training.experiment import Experiment
+from medseg.tasks import SEGMENTATION, TASKS, Task, configs_folder
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Every key of `medseg train`
@@ -32,10 +31,10 @@ def rows(cls: type, prefix: str) -> list[str]:
     ]
 
 
-def options(group: str) -> list[str]:
+def options(task: Task, group: str) -> list[str]:
     """The YAML files of a group with their first comments."""
     lines = []
-    for name in group_options(group):
+    for name in task.options(group):
         text = (configs_folder() / group / f"{name}.yaml").read_text(encoding="utf-8")
         comments = [line[1:].strip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
         lines.append(f"- `{group}={name}`: {' '.join(comments)}")
@@ -44,25 +43,32 @@ def options(group: str) -> list[str]:
 
 def document() -> str:
     """The whole page."""
+    parts = [HEAD]
+    for name, task in TASKS.items():
+        parts += [] if name == SEGMENTATION else [f"# task={name}\n"]
+        parts += sections(task, shown=set(parts))
+    for group in ("preset", "experiment", "debug"):
+        parts.append("\n".join([f"## {group}", "", *options(TASKS[SEGMENTATION], group), ""]))
+    return "\n".join(parts)
+
+
+def sections(task: Task, shown: set[str]) -> list[str]:
+    """What states a run of a task; of what another task has the same, its name only."""
     table = ["| key | default | meaning |", "|---|---|---|"]
-    groups = {*PLAIN_GROUPS, *PART_GROUPS}
     top = [
         row
-        for field, row in zip(dataclasses.fields(Experiment), rows(Experiment, ""), strict=True)
-        if field.name not in groups
+        for field, row in zip(dataclasses.fields(task.experiment), rows(task.experiment, ""), strict=True)  # type: ignore[arg-type]
+        if field.name not in task.groups
     ]
-    parts = [HEAD, "\n".join(["## At the top", "", *table, *top, ""])]
-    for group, cls in PLAIN_GROUPS.items():
-        parts.append("\n".join([f"## {group}", "", *options(group), "", *table, *rows(cls, group), ""]))
-    for group, registry in PART_GROUPS.items():
-        parts.append("\n".join([f"## {group}", "", *options(group), ""]))
+    found = ["\n".join(["## At the top", "", *table, *top, ""])]
+    for group, (_, cls) in task.plain.items():
+        found.append("\n".join([f"## {group}", "", *options(task, group), "", *table, *rows(cls, group), ""]))
+    for group, registry in task.parts.items():
+        found.append("\n".join([f"## {group}", "", *options(task, group), ""]))
         for name in registry.names():
-            parts.append(
-                "\n".join([f"### {group}.name: {name}", "", *table, *rows(registry.part(name).config, group), ""])
-            )
-    for group in ("preset", "experiment", "debug"):
-        parts.append("\n".join([f"## {group}", "", *options(group), ""]))
-    return "\n".join(parts)
+            keys = rows(registry.part(name).config, group)
+            found.append("\n".join([f"### {group}.name: {name}", "", *table, *keys, ""]))
+    return [part for part in found if part not in shown]
 
 
 def main() -> None:

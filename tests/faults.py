@@ -16,33 +16,50 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)  # fmt: skip
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import yaml
 from dicom_phantom import GTV, write_series
+from elsewhere import archive, bucket
 from fuzz_formats import SMALL, make_run, write_cases
 from PIL import Image
 from safetensors import safe_open
 
 from medseg.cli import main
 from medseg.formats import read_grid, write_label
+from medseg.remote.exchange import PREFIX
 from medseg.volume import Volume
 
 HIDDEN = re.compile(r"\.[0-9a-f]{32}")
 """Beginning of the temporary names that medseg gives to what it has not finished."""
-BY_HYDRA = ("train.log", "plan.log", "multirun.yaml")
+BY_OTHERS = ("train.log", "plan.log", "multirun.yaml")
 """What is added to line by line, or written by Hydra: it may end anywhere, and nothing reads it."""
+ELSEWHERE = "elsewhere"
+"""A folder on the disk that stands for another machine: it takes everything."""
+TEMPORARY = "tmp"
+"""The folder of temporary files, for scenarios that have it on the disk."""
 
 
 class FaultyDisk:
@@ -59,6 +76,7 @@ class FaultyDisk:
         self, folder: Path, fails_at: int | None = None, code: int = errno.ENOSPC, times: int | None = None
     ) -> None:
         self.folder = str(folder.resolve())
+        self.elsewhere = self.folder + os.sep + ELSEWHERE
         self.fails_at, self.code, self.times = fails_at, code, times
         self.operations = 0
         self.refused = 0
@@ -84,6 +102,8 @@ class FaultyDisk:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return False
         found = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (links stay links)
+        if found == self.elsewhere or found.startswith(self.elsewhere + os.sep):
+            return False
         return found == self.folder or found.startswith(self.folder + os.sep)
 
     @contextmanager
@@ -162,7 +182,9 @@ def unfinished(folder: Path) -> list[str]:
 def _what_is_wrong(path: Path, folder: Path) -> str | None:
     if HIDDEN.match(path.name):
         return "a temporary name"
-    if not path.is_file() or path.name in BY_HYDRA or "tfevents" in path.name or path.name.endswith(".jsonl"):
+    if path.name.startswith(PREFIX):
+        return "scans that were fetched"
+    if not path.is_file() or path.name in BY_OTHERS or "tfevents" in path.name or path.name.endswith(".jsonl"):
         return None
     if any(part.startswith(".new-") for part in path.relative_to(folder).parts):  # of the store: tidied by age
         return None
@@ -217,6 +239,8 @@ CHECKS: dict[str, Callable[[Path], object]] = {
     ".safetensors": _check_weights,
     ".html": _check_page,
     ".zip": _check_archive,
+    ".ipynb": lambda path: json.loads(path.read_text(encoding="utf-8"))["cells"],
+    ".svg": lambda path: ElementTree.parse(path),
 }
 """Ending → what reads a whole file of it."""
 
@@ -230,12 +254,14 @@ class Scenario:
         again: the arguments that go on after a fault, told by what the fault left.
         outputs: files that are there when all is done.
         same: of these, the ones whose content does not depend on the faults that came before.
+        around: what the verb needs besides, while it works, on the disk.
     """
 
     command: Callable[[Path, Materials], list[str]]
     again: Callable[[Path, Materials], list[str]]
     outputs: tuple[str, ...]
     same: tuple[str, ...] = ()
+    around: Callable[[Path, Materials], AbstractContextManager[object]] = lambda disk, given: nullcontext()
 
 
 @dataclass(frozen=True)
@@ -321,6 +347,72 @@ def _select_again(disk: Path, given: Materials) -> list[str]:
     return [*_select(disk, given), "--overwrite"]
 
 
+def _fetch(disk: Path, given: Materials) -> list[str]:
+    ends = ["--from", "storage", "s3://hospital/scans", "--to", "storage", "s3://hospital/labels"]
+    return ["predict", str(given.run), "-o", str(disk / "out"), *ends, "--statistics", "--device", "cpu"]
+
+
+@contextmanager
+def _with_bucket(disk: Path, given: Materials) -> Iterator[None]:
+    """Two scans in an object store; what is fetched comes onto the disk."""
+    scans = disk / ELSEWHERE / "hospital" / "scans"
+    scans.mkdir(parents=True, exist_ok=True)
+    for number in range(2):
+        shutil.copy(given.data / "imagesTr" / f"c{number}_0000.nii.gz", scans / f"c{number}.nii.gz")
+    with bucket(disk / ELSEWHERE), _temporary_on(disk):
+        yield
+
+
+@contextmanager
+def _temporary_on(disk: Path) -> Iterator[None]:
+    (disk / TEMPORARY).mkdir(exist_ok=True)
+    with patch.object(tempfile, "tempdir", str(disk / TEMPORARY)):
+        yield
+
+
+_archives: list[str] = []
+"""The URL of the archive that is up."""
+
+
+def _ask_archive(disk: Path, given: Materials) -> list[str]:
+    ends = ["--from", "dicomweb", _archives[-1], "--to", "dicomweb", _archives[-1]]
+    return ["predict", str(given.run), "-o", str(disk / "out"), *ends, "--statistics", "--device", "cpu"]
+
+
+@contextmanager
+def _with_archive(disk: Path, given: Materials) -> Iterator[None]:
+    """An archive with a series; what it has in the end is written to the folder that stands for it."""
+    target = disk / ELSEWHERE
+    target.mkdir(exist_ok=True)
+    before = [*given.series.glob("*.dcm"), *target.glob("*.dcm")]
+    with archive(before) as started, _temporary_on(disk):
+        _archives.append(started.url)
+        yield
+        _archives.pop()
+        for number, content in enumerate(started.of("SEG")):
+            (target / f"stored{number}.dcm").write_bytes(content)
+
+
+def _tune(disk: Path, given: Materials) -> list[str]:
+    small = [setting for setting in SMALL if not setting.startswith("data.store")]
+    searched = "optimizer.lr=tag(log,interval(1e-4,1e-2))"
+    return ["tune", "-o", str(disk / "search"), "--trials", "2", f"data.root='{given.data}'", searched, *small]
+
+
+def _notebook(disk: Path, given: Materials) -> list[str]:
+    return ["notebook", str(given.run), "-o", str(disk / "notebooks"), "--no-browser"]
+
+
+def _inspect(disk: Path, given: Materials) -> list[str]:
+    scan = str(given.data / "imagesTr" / "c0_0000.nii.gz")
+    return ["inspect", str(given.run), "--image", scan, "-o", str(disk / "inside"), "--tensorboard", "--steps", "2"]
+
+
+def _compare(disk: Path, given: Materials) -> list[str]:
+    scores = str(given.run / "validation")
+    return ["compare", scores, scores, "-o", str(disk / "compared.json")]
+
+
 SCENARIOS: dict[str, Scenario] = {
     "train": Scenario(
         _train,
@@ -351,6 +443,38 @@ SCENARIOS: dict[str, Scenario] = {
         ("best/ensemble.json", "best/selection.md", "best/validation/predictions.json", "best/postprocessing.json"),
         ("best/selection.json",),
     ),
+    "predict from and to storage": Scenario(
+        _fetch,
+        lambda disk, given: [*_fetch(disk, given), "--resume"],
+        (
+            "elsewhere/hospital/labels/c0.nii.gz",
+            "elsewhere/hospital/labels/c1.nii.gz",
+            "elsewhere/hospital/labels/predictions.jsonl",
+            "elsewhere/hospital/labels/statistics.csv",
+            "out/predictions.json",
+        ),
+        ("elsewhere/hospital/labels/c0.nii.gz", "elsewhere/hospital/labels/c1.nii.gz"),
+        _with_bucket,
+    ),
+    "predict from and to dicomweb": Scenario(
+        _ask_archive,
+        lambda disk, given: [*_ask_archive(disk, given), "--resume"],
+        ("elsewhere/stored0.dcm", "out/predictions.json", "out/statistics.csv"),
+        (),
+        _with_archive,
+    ),
+    "tune": Scenario(_tune, _tune, ("search/trial_001/model_card.md", "search/sweep.csv", "search/sweep.png")),
+    "notebook": Scenario(
+        _notebook,
+        _notebook,
+        ("notebooks/01_inspect_a_data_set.ipynb", "notebooks/04_inspect_predictions.ipynb"),
+        ("notebooks/04_inspect_predictions.ipynb",),
+        lambda disk, given: patch.object(
+            import_module("medseg.cli.notebook"), "_serve", lambda *_: 0
+        ),  # Jupyter itself is no part of it
+    ),
+    "inspect a model": Scenario(_inspect, _inspect, ("inside/layers.json", "inside/architecture.svg")),
+    "compare": Scenario(_compare, _compare, ("compared.json",), ("compared.json",)),
 }
 
 
@@ -392,7 +516,7 @@ def logging_off() -> None:
 
 def count(scenario: Scenario, disk: Path, given: Materials) -> int:
     """Operations of a run without a fault, whose outputs stay on the disk."""
-    with FaultyDisk(disk).mounted() as watched:
+    with scenario.around(disk, given), FaultyDisk(disk).mounted() as watched:
         status, said = call(scenario.command(disk, given))
     assert status == 0, said
     assert not unfinished(disk), unfinished(disk)
@@ -413,7 +537,7 @@ def inject(
         code: what the system says.
     """
     wrong = []
-    with FaultyDisk(disk, fails_at, code).mounted() as faulty:
+    with scenario.around(disk, given), FaultyDisk(disk, fails_at, code).mounted() as faulty:
         status, said = call(scenario.command(disk, given))
     if not faulty.refused and status:
         wrong.append("it failed without a fault")
@@ -425,7 +549,8 @@ def inject(
     lost = sum((disk / line.partition(": ")[0]).stat().st_size for line in broken)
     wrong += broken
     if status != 0:
-        again, said_again = call(scenario.again(disk, given))
+        with scenario.around(disk, given):
+            again, said_again = call(scenario.again(disk, given))
         if again:
             wrong.append(f"it cannot go on: {said_again[-600:]}")
         wrong += [f"absent in the end: {name}" for name in scenario.outputs if not (disk / name).is_file()]

@@ -305,7 +305,7 @@ def test_help_of_train_says_what_each_key_means(capsys, monkeypatch) -> None:
     assert "trainer.max_steps=77 Optimizer steps; null with no time budget means 20000." in lines
     assert "data.split.num_folds=5 Number of folds: one in this many cases validates." in lines
     assert any(line.startswith("model.name=residual_encoder_unet ") for line in lines)
-    assert "  model: fusionnet" in said and " _unet" not in said
+    assert ", fusionnet, fusionnet_narrow, " in said and " _unet" not in said
     values, _, _ = composed("train", [])
 
     def keys(table: dict, before: str) -> set[str]:

@@ -10,30 +10,34 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medseg.config import (
-    PART_GROUPS,
-    PLAIN_GROUPS,
-    compose,
-    configs_folder,
-    group_options,
-    resumed,
-)
+from medseg.config import compose, resumed
 from medseg.errors import MedsegError
+from medseg.tasks import TASKS, Task, configs_folder
 from medseg.training.experiment import write_config
 
-OPTIONS = [(p.parent.name, p.stem) for p in sorted(configs_folder().glob("*/*.yaml"))]
+OPTIONS = [
+    (task, group.name, option)
+    for task in TASKS
+    for group in sorted(path for path in configs_folder().iterdir() if path.is_dir())
+    for option in TASKS[task].options(group.name)
+]
 
 
-@pytest.mark.parametrize("group, option", OPTIONS)
-def test_every_option_composes_and_says_what_it_is(group: str, option: str) -> None:
+def test_every_option_serves_a_task() -> None:
+    found = {(path.parent.name, path.stem) for path in configs_folder().glob("*/*.yaml")}
+    assert {(group, option) for _, group, option in OPTIONS} == found
+
+
+@pytest.mark.parametrize("task, group, option", OPTIONS)
+def test_every_option_composes_and_says_what_it_is(task: str, group: str, option: str) -> None:
     text = (configs_folder() / group / f"{option}.yaml").read_text()
     comments = [line for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     assert comments, "the first lines say what the option is"
     override = [f"{group}={option}"]
     if option == "monai":
         override.append("model.network=SegResNet")
-    experiment = compose("train", override)
-    if group in PART_GROUPS:
+    experiment = compose(TASKS[task].config, override)
+    if group in TASKS[task].parts:
         expected = yaml.safe_load(text)["name"]
         assert getattr(experiment, group)["name"] == expected
         for key, value in yaml.safe_load(text).items():
@@ -41,19 +45,21 @@ def test_every_option_composes_and_says_what_it_is(group: str, option: str) -> N
                 assert getattr(experiment, group)[key] == value
 
 
-def test_every_part_has_an_option() -> None:
-    for group, registry in PART_GROUPS.items():
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_every_part_has_an_option(task: Task) -> None:
+    for group, registry in task.parts.items():
         named = {
-            yaml.safe_load((configs_folder() / group / f"{o}.yaml").read_text())["name"] for o in group_options(group)
+            yaml.safe_load((configs_folder() / group / f"{o}.yaml").read_text())["name"] for o in task.options(group)
         }
         assert named == set(registry.names())
 
 
-def test_all_defaults_are_shown_and_equal_the_dataclasses() -> None:
-    experiment = compose("train", [])
-    for group, cls in PLAIN_GROUPS.items():
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_all_defaults_are_shown_and_equal_the_dataclasses(task: Task) -> None:
+    experiment = compose(task.config, [])
+    for group, (_, cls) in task.plain.items():
         assert getattr(experiment, group) == cls()
-    for group, registry in PART_GROUPS.items():
+    for group, registry in task.parts.items():
         settings = dict(getattr(experiment, group))
         part = registry.part(settings.pop("name"))
         assert set(settings) == {f.name for f in dataclasses.fields(part.config)}
@@ -98,7 +104,7 @@ def test_overrides_reach_their_places() -> None:
         ("trainer.max_steps=-1", "E_CONFIG", "must be positive"),
         ("trainer=huge", "E_CONFIG", "choose one of: default"),
         ("model", "E_CONFIG", "key=value"),
-        ("model={a: 1}", "E_CONFIG", "fusionnet | fusionnet_narrow | monai | residual_encoder_unet | unet"),
+        ("model={a: 1}", "E_CONFIG", "fusionnet | fusionnet_narrow | monai | residual_encoder_unet | residual_unet | segnet | unet"),
     ],
 )
 def test_mistakes_are_answered(override: str, code: str, words: str) -> None:
@@ -133,7 +139,9 @@ def test_a_resumed_run_keeps_its_configuration(tmp_path: Path) -> None:
         resumed(tmp_path, ["trainer.max_step=9"])
 
 
-def test_a_users_own_folder_of_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_users_own_folder_of_configurations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from medseg.cli import main
 
     (tmp_path / "experiment").mkdir()
@@ -146,8 +154,9 @@ def test_a_users_own_folder_of_configurations(tmp_path: Path, monkeypatch: pytes
 def test_every_field_is_described_and_the_document_is_up_to_date() -> None:
     from medseg.registry import field_descriptions
 
-    classes = [*PLAIN_GROUPS.values()]
-    classes += [registry.part(name).config for registry in PART_GROUPS.values() for name in registry.names()]
+    classes = [cls for task in TASKS.values() for _, cls in task.plain.values()]
+    registries = [registry for task in TASKS.values() for registry in task.parts.values()]
+    classes += [registry.part(name).config for registry in registries for name in registry.names()]
     for cls in classes:
         assert field_descriptions(cls).keys() == {f.name for f in dataclasses.fields(cls)}, cls
     script = Path(__file__).resolve().parent.parent / "scripts" / "make_configuration_docs.py"

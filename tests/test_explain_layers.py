@@ -21,6 +21,8 @@ from medseg.explain.text import print_layers, quantity
 from medseg.explain.tracing import trace
 from medseg.models import MODELS, SegmentationModel
 
+SKIPS = {"fusionnet": "add", "monai": "add", "fcn": "add", "segnet": "pool indices"}
+"""What is written at the skips of a drawing; of all others concat."""
 KINDS = {"conv": "convolution", "pool": "pooling", "up": "transposed convolution"}
 
 
@@ -174,7 +176,7 @@ class Gated(SegmentationModel):
 def test_what_is_not_known_is_not_stated_too_small():
     first, *_, last = layer_table(Gated(), (16, 16)).layers
     assert first.field == (3, 3)
-    assert last.field == last.jump == (None, None)
+    assert last.field == (None, None) and last.jump == (1, 1)  # but where its voxels lie is known
 
 
 @pytest.mark.parametrize("size", [(570, 572), (100, 572)])
@@ -201,14 +203,14 @@ def test_every_registered_model_has_a_table_and_a_drawing(name, tmp_path):
     assert table.layers[-1].output == (3, *model.output_size(size))
     assert sum(layer.weights for layer in table.layers) + table.weights_elsewhere == table.weights
     assert table.weights == sum(p.numel() for p in model.parameters())
-    heads = getattr(model, "heads", [])
-    assert table.weights_elsewhere == sum(p.numel() for head in list(heads)[1:] for p in head.parameters())
     assert None not in table.field
     assert model.training
     assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    model.eval()(torch.zeros(1, 2, *size)).sum().backward()
+    assert table.weights_elsewhere == sum(p.numel() for p in model.parameters() if p.grad is None)
     save_drawing(tmp_path / "network.svg", table, title=name)
     text = "".join(ET.parse(tmp_path / "network.svg").getroot().itertext())
-    assert ("add" if name in ("fusionnet", "monai") else "concat") in text
+    assert SKIPS.get(name, "concat") in text
     assert "image" in text
 
 

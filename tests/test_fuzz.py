@@ -209,7 +209,7 @@ def test_what_fuzzing_found_in_segmentations(tmp_path: Path) -> None:
         read_stored(path)
 
 
-@pytest.mark.parametrize("counters", [{"best_dice": "a"}, {"step": 1.5}, {"other": 1}, [1], 3, None])
+@pytest.mark.parametrize("counters", [{"best_score": "a"}, {"step": 1.5}, {"other": 1}, [1], 3, None])
 def test_what_fuzzing_found_in_checkpoints(tmp_path: Path, counters: Any) -> None:
     metadata = {"counters": counters, "param_groups": [], "scaler": {}}
     write_checkpoint(checkpoint_path(tmp_path, "latest"), {"model.a": torch.zeros(1)}, metadata)

@@ -10,7 +10,7 @@ import yaml
 
 from medseg.config import compose, resumed
 from medseg.errors import MedsegError
-from medseg.training.experiment import CONFIG_FILE, PLACES, PLACES_FILE, Experiment, without_places, write_config
+from medseg.training.experiment import CONFIG_FILE, PLACES_FILE, Experiment, without_places, write_config
 
 SECRET = "/clinic/zqCanaryXj"
 OVERRIDES = [
@@ -58,12 +58,12 @@ def test_every_key_that_takes_a_path_is_a_place() -> None:
     """A new one must be added: the words of its description tell."""
     found = {
         (*above, field.name)
-        for above, cls in (((), Experiment), (("data",), "DataConfig"), (("trainer",), "TrainerConfig"))
+        for above, cls in (((), Experiment), (("data",), "DataConfig"), (("trainer",), "SegmentationTrainerConfig"))
         for field in dataclasses.fields(cls if isinstance(cls, type) else _class(cls))
         if field.name in ("root", "manifest", "store", "initial", "plan", "resume", "file", "folder", "path")
         and str(field.type).startswith("str")
     }
-    assert found | {("data", "split", "file")} == set(PLACES)
+    assert found | {("data", "split", "file")} == set(Experiment.places)
 
 
 def _class(name: str) -> type:

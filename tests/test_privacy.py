@@ -1,7 +1,9 @@
 """Row D33: nothing that DICOM files or their paths say about a patient gets into what medseg writes or prints.
 
 The canary goes through plan, train (with its report, event files and prepared cases), predict, evaluate, compare and
-convert. What may hold it by its nature: a run's places.yaml, and DICOM annotations that are written for a patient.
+convert; through predictions from and to an archive, an object store and a cluster; through tune, select, notebooks and
+looks into a network; and through a training of two processes. What may hold it by its nature: a run's places.yaml, and
+DICOM annotations that are written for a patient.
 """
 
 from __future__ import annotations
@@ -9,18 +11,26 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
 
 import nibabel as nib
 import pydicom
 import pytest
+from conftest import REPOSITORY
 from dicom_phantom import CORD, GTV, write_rtstruct, write_seg, write_series
+from elsewhere import archive, bucket
 from PIL import Image
 from pydicom.datadict import dictionary_VR
 
@@ -34,6 +44,7 @@ CANARY = "zqCanaryXj"
 DATE = "19010203"
 UID_ROOT = "1.2.826.0.1.3680043.8.498."
 """pydicom's: all UIDs of the phantoms begin so."""
+SECRETS = (CANARY, DATE, UID_ROOT)
 TAGS = (
     *("PatientName", "PatientID", "PatientBirthDate", "OtherPatientIDs", "OtherPatientNames", "PatientComments"),
     *("PatientAddress", "PatientTelephoneNumbers", "PatientMotherBirthName", "PatientBirthName", "MilitaryRank"),
@@ -190,36 +201,44 @@ def test_the_run_went_through(traces: Traces) -> None:
     assert list(traces.run.rglob("events.out.tfevents*"))
 
 
-def test_nothing_about_the_patient_is_written(traces: Traces) -> None:
+def silent(folder: Path) -> int:
+    """Check that no file in a folder says anything about a patient; how many there are."""
     checked = 0
-    for folder in (traces.run, *traces.others):
-        for path in sorted(folder.rglob("*")):
-            assert CANARY.lower() not in path.relative_to(folder.parent).as_posix().lower()
-            if not path.is_file() or path.relative_to(folder).parts[0] in PATHS_ALLOWED:
-                continue
-            data = content(path)
-            for secret in (CANARY, DATE, UID_ROOT):
-                assert secret.lower().encode() not in data.lower(), f"{secret} in {path.name}"
-                assert secret.encode("utf-16-le") not in data, f"{secret} in {path.name}"
-            checked += 1
-    assert checked > 20
+    for path in sorted(folder.rglob("*")):
+        assert CANARY.lower() not in path.relative_to(folder.parent).as_posix().lower()
+        if not path.is_file() or path.name in PATHS_ALLOWED:
+            continue
+        data = content(path)
+        for secret in SECRETS:
+            assert secret.lower().encode() not in data.lower(), f"{secret} in {path.relative_to(folder.parent)}"
+            assert secret.encode("utf-16-le") not in data, f"{secret} in {path.relative_to(folder.parent)}"
+        checked += 1
+    return checked
+
+
+def without_names(text: str, root: Path) -> str:
+    """What was printed, without the names of files and folders of the data."""
+    names = {part for path in (root, *root.rglob("*")) for part in path.parts if CANARY in part}
+    for name in sorted(names, key=len, reverse=True):
+        text = text.replace(name, "FILE")
+    return text
+
+
+def test_nothing_about_the_patient_is_written(traces: Traces) -> None:
+    assert sum(silent(folder) for folder in (traces.run, *traces.others)) > 20
 
 
 def test_nothing_about_the_patient_is_printed(traces: Traces) -> None:
     assert "Dice" in traces.console
-    for secret in (CANARY, DATE, UID_ROOT):
+    for secret in SECRETS:
         assert secret.lower() not in traces.console.lower()
 
 
 def test_what_verbs_print_of_a_tree_is_names_of_files_alone(traces: Traces) -> None:
     """The canary stands in names of files and folders, and in tags: without the former nothing is left of it."""
-    text = traces.of_files
-    assert CANARY in text and "E_" in text, "the names of files that cannot be converted"
-    names = {part for path in (traces.root, *traces.root.rglob("*")) for part in path.parts if CANARY in part}
-    for name in sorted(names, key=len, reverse=True):
-        text = text.replace(name, "FILE")
-    for secret in (CANARY, DATE, UID_ROOT):
-        assert secret.lower() not in text.lower(), text
+    assert CANARY in traces.of_files and "E_" in traces.of_files, "the names of files that cannot be converted"
+    for secret in SECRETS:
+        assert secret.lower() not in without_names(traces.of_files, traces.root).lower()
 
 
 def test_nifti_headers_say_nothing(traces: Traces) -> None:
@@ -227,3 +246,130 @@ def test_nifti_headers_say_nothing(traces: Traces) -> None:
         header = nib.load(path).header
         assert bytes(header["descrip"]).strip(b"\0") in (b"", b"medseg")
         assert {e.content for e in header.extensions} == {names_extension({1: "tumour", 2: "cord"})}
+
+
+# What is fetched, searched, looked into, and done by other processes
+
+
+FEW = ("trainer.max_steps=2", "trainer.num_validations=1", "trainer.final_predictions=false", "trainer.report=false")
+PLACES = ("archived", "stored", "searched", "inside", "pictured", "best", "notebooks")
+
+
+@pytest.fixture(scope="module")
+def newer(traces: Traces, tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    """What predictions from and to elsewhere, a search, a choice and looks into a network leave behind."""
+    folder = tmp_path_factory.mktemp("newer")
+    archived, stored, searched, inside, pictured, best, notebooks = (folder / name for name in PLACES)
+    said, of_files = io.StringIO(), io.StringIO()
+    series = [traces.root / f"{CANARY} {number}" / "study" / "series" for number in (0, 1, 4)]
+    stores = folder / "stores"
+    for number, source in enumerate(series):
+        shutil.copytree(source, stores / f"{CANARY}-bucket" / "scans" / f"c{number}")
+    shutil.copytree(traces.run, folder / "other")
+    run, place = str(traces.run), f"s3://{CANARY}-bucket"
+    (folder / "tmp").mkdir()
+    with chdir(folder), redirect_stdout(said), redirect_stderr(said), elsewhere_is(folder / "tmp"):
+        with archive([path for source in series for path in source.iterdir()]) as pacs, suppress(SystemExit):
+            ends = ("--from", "dicomweb", pacs.url, "--to", "dicomweb", pacs.url, "--on-bad-case", "skip")
+            main(["predict", run, *ends, "-o", str(archived), "--statistics"])
+        assert len(pacs.of("SEG")) == 2
+        with bucket(stores), suppress(SystemExit):
+            ends = ("--from", "storage", f"{place}/scans", "--to", "storage", f"{place}/labels")
+            main(["predict", run, *ends, "--on-bad-case", "skip", "-o", str(stored), "--statistics", "--preview"])
+        shutil.copytree(stores / f"{CANARY}-bucket" / "labels", stored / "labels")
+        search = (f'data.root="{traces.root}"', *SETTINGS, *FEW, "optimizer.lr=tag(log,interval(1e-4,1e-2))")
+        main(["tune", "-o", str(searched), "--trials", "2", *search])
+        looks = ("--image", str(series[0]), "--steps", "1", "--show", "maps,saliency", "--tensorboard")
+        main(["inspect", run, *looks, "-o", str(inside)])
+        main(["select", run, str(folder / "other"), "-o", str(best), "--data", str(traces.root), "--device", "cpu"])
+        main(["verify", run])
+        with naming(of_files), patch.object(import_module("medseg.cli.notebook"), "_serve", lambda *_: 0):
+            main(["inspect", str(traces.root), "--pictures", str(pictured)])
+            with suppress(SystemExit):
+                main(["notebook", run, "-o", str(notebooks), "--no-browser"])
+    assert not list((folder / "tmp").iterdir())
+    return Traces(
+        traces.run, tuple(folder / name for name in PLACES), said.getvalue(), of_files.getvalue(), traces.root
+    )
+
+
+@contextmanager
+def elsewhere_is(temporary: Path) -> Iterator[None]:
+    """Scans are fetched into this folder, by no one's credentials."""
+    with patch.object(tempfile, "tempdir", str(temporary)), patch.dict(os.environ, {"NETRC": str(temporary / "none")}):
+        yield
+
+
+def test_what_is_newer_writes_nothing_about_the_patient(newer: Traces) -> None:
+    archived, stored, searched, inside, pictured, best, notebooks = newer.others
+    for folder in (archived, stored):
+        assert '"code": "E_GAP"' in (folder / MANIFEST_FILE).read_text() and (folder / STATISTICS_FILE).is_file()
+    assert len(list((stored / "labels").glob("*.nii.gz"))) == 2
+    assert len(list(searched.glob("trial_*/checkpoints/best.safetensors"))) == 2 and (searched / "sweep.csv").is_file()
+    assert list(inside.rglob("events.out.tfevents*")) and (inside / "saliency_gradient.png").is_file()
+    assert list(pictured.rglob("*.png")) and (best / "selection.md").is_file() and list(notebooks.glob("*.ipynb"))
+    for folder in newer.others:
+        assert silent(folder) > 0
+
+
+def test_what_is_newer_prints_nothing_about_the_patient(newer: Traces) -> None:
+    for said in ("E_GAP", "best of 2", "saliency"):
+        assert said in newer.console
+    for secret in SECRETS:
+        assert secret.lower() not in newer.console.lower()
+        assert secret.lower() not in without_names(newer.of_files, newer.root).lower()
+
+
+@pytest.mark.slow
+def test_executed_notebooks_say_nothing_about_the_patient(traces: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are handed on, with what their cells show."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("MEDSEG_RUNS", str(traces.run))
+    for name in ("01_inspect_a_data_set", "04_inspect_predictions"):
+        monkeypatch.setenv("MEDSEG_FOLDER", str(traces.root))
+        notebook = nbformat.read(REPOSITORY / "notebooks" / f"{name}.ipynb", as_version=4)
+        resources = {"metadata": {"path": str(REPOSITORY / "notebooks")}}
+        nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+        assert any(cell.get("outputs") for cell in notebook.cells)
+        text = nbformat.writes(notebook).lower()
+        for secret in SECRETS:
+            assert secret.lower() not in text, f"{secret} in {name}"
+
+
+@pytest.mark.ray
+def test_a_cluster_writes_nothing_about_the_patient(traces: Traces, tmp_path: Path) -> None:
+    """Its own logs too, which stay behind on every node."""
+    pytest.importorskip("ray", reason='ray is not installed: pip install "medseg[ray]"')
+    temporary = Path(tempfile.mkdtemp(prefix="r"))  # short: the names of sockets have 107 bytes
+    out = tmp_path / "out"
+    scans = [str(traces.root / f"{CANARY} {number}") for number in (1, 4)]
+    command = [sys.executable, "-m", "medseg", "predict", str(traces.run), *scans, "-o", str(out), "--device", "cpu"]
+    mine = {"RAY_TMPDIR": str(temporary), "RAY_AUTH_TOKEN": secrets.token_hex(32), "OMP_NUM_THREADS": "1"}
+    environ = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | mine
+    try:
+        done = subprocess.run(
+            [*command, "--engine", "ray", "--workers", "1", "--on-bad-case", "skip"],
+            env=environ, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 3 and "E_GAP" in done.stdout + done.stderr, done.stdout + done.stderr
+        assert list(temporary.rglob("*.log")) and silent(temporary) > 3
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    assert silent(out) == 3
+    for secret in SECRETS:
+        assert secret.lower() not in (done.stdout + done.stderr).lower()
+
+
+@pytest.mark.slow
+def test_several_processes_write_nothing_about_the_patient(traces: Traces, tmp_path: Path) -> None:
+    """What each of them logs, and what is said of a case that one of them refuses."""
+    run = tmp_path / "run"
+    settings = (f'data.root="{traces.root}"', f'hydra.run.dir="{run}"', *SETTINGS, "trainer.devices=2")
+    command = [sys.executable, "-m", "medseg", "train", *settings, "data.plan.batch_size=2"]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "E_GAP" in done.stdout + done.stderr and silent(run) > 20
+    for secret in SECRETS:
+        assert secret.lower() not in (done.stdout + done.stderr).lower()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import pickle
 import secrets
 import shutil
+import signal
 import threading
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from test_training import TINY
 
 from medseg.cli import main
 from medseg.cli.predict import EXIT_BAD_CASES
@@ -32,18 +36,10 @@ from medseg.inference.export import Made
 from medseg.inference.folder import predict_inputs
 from medseg.inference.job import Done, Job, Options, Scan
 from medseg.inference.manifest import MANIFEST_FILE, Entry, digest_of_file
-from medseg.remote.cluster import (
-    AHEAD,
-    ATTEMPTS,
-    Failed,
-    Pool,
-    Worker,
-    _refuse_unpacked,
-    _sendable,
-    located,
-    ray_engine,
-)
+from medseg.remote import cluster as cluster_module
+from medseg.remote.cluster import Predictions, Worker, ray_engine
 from medseg.remote.exchange import Unreachable
+from medseg.remote.pool import AHEAD, ATTEMPTS, Failed, Pool, located, refuse_unpacked, sendable
 
 
 def cases_of(out: Path) -> list[dict]:
@@ -158,13 +154,14 @@ CASES = [Case(f"c{number:02d}", (), None) for number in range(12)]
 ALL = [case.case_id for case in CASES]
 
 
-def pool(ray: FakeRay, books: Books, num_workers: int = 2) -> Pool:
-    return Pool(ray, books, (ray.make, num_workers))  # type: ignore[arg-type]
+def work(ray: FakeRay, books: Books, num_workers: int = 2, cases: list[Case] = CASES) -> None:
+    with Pool(ray, books.console, ray.make, num_workers) as pool:
+        pool.work(cases, Predictions(books))  # type: ignore[arg-type]
 
 
 def test_every_case_is_settled_once_and_few_are_on_their_way() -> None:
     ray, books = FakeRay(lambda worker, case: done(case)), Books()
-    pool(ray, books, 3).work(CASES)
+    work(ray, books, 3)
     assert sorted(books.settled) == ALL and len(ray.workers) == 3
     assert ray.most <= AHEAD
     assert set(ray.closed) == set(ray.killed) == set(ray.workers)
@@ -172,7 +169,7 @@ def test_every_case_is_settled_once_and_few_are_on_their_way() -> None:
 
 def test_no_more_workers_than_cases() -> None:
     ray, books = FakeRay(lambda worker, case: done(case)), Books()
-    pool(ray, books, 8).work(CASES[:2])
+    work(ray, books, 8, CASES[:2])
     assert len(ray.workers) == 2 and sorted(books.settled) == ALL[:2]
 
 
@@ -185,7 +182,7 @@ def test_what_a_lost_worker_had_is_done_again_once() -> None:
         return done(case)
 
     ray, books = FakeRay(on_case), Books()
-    pool(ray, books).work(CASES)
+    work(ray, books)
     assert sorted(books.settled) == ALL and not books.bad
     assert len(ray.workers) == 3  # one came in its place
     assert "a worker was lost (Died); it is done again" in books.console.file.getvalue()  # type: ignore[attr-defined]
@@ -201,12 +198,12 @@ def test_a_case_that_kills_its_workers_is_set_aside_and_its_neighbours_are_done(
         return done(case)
 
     ray, books = FakeRay(on_case), Books()
-    pool(ray, books).work(CASES)
+    work(ray, books)
     assert sorted(books.settled) == [name for name in ALL if name != "c03"]
     assert tried.count("c03") == ATTEMPTS
     assert isinstance(books.bad["c03"], MedsegError) and "has ended 3 workers" in str(books.bad["c03"])
     with pytest.raises(MedsegError, match="has ended 3 workers"):
-        pool(FakeRay(on_case), Books("error")).work(CASES)
+        work(FakeRay(on_case), Books("error"))
 
 
 def test_refusals_of_the_case_are_final_and_those_of_the_archive_are_not() -> None:
@@ -221,30 +218,44 @@ def test_refusals_of_the_case_are_final_and_those_of_the_archive_are_not() -> No
         return done(case)
 
     books = Books()
-    pool(FakeRay(on_case), books).work(CASES)
+    work(FakeRay(on_case), books)
     assert list(books.bad) == ["c01"] and tried["c01"] == 1 and books.digests["c01"] == "digest of c01"
     assert tried["c02"] == ATTEMPTS and "c02" in books.settled
 
 
 def test_an_archive_that_is_out_of_reach_ends_the_work() -> None:
-    refusal = _sendable(Unreachable(Code.ARCHIVE, "the server does not answer"))
+    refusal = sendable(Unreachable(Code.ARCHIVE, "the server does not answer"))
     books = Books()
     ray = FakeRay(lambda worker, case: Failed(refusal, None, True))
     with pytest.raises(MedsegError, match="does not answer"):
-        pool(ray, books).work(CASES)
+        work(ray, books)
     assert not books.bad and set(ray.killed) == set(ray.workers)
 
 
-def test_what_is_known_to_be_bad_is_given_to_no_worker() -> None:
+def test_what_is_known_to_be_bad_is_given_to_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     books, tried = Books(), []
 
     def on_case(worker: FakeWorker, case: Case) -> Done:
         tried.append(case.case_id)
         return done(case)
 
+    ray = FakeRay(on_case)
+    monkeypatch.setattr(cluster_module, "cluster", lambda: nullcontext(ray))
+    monkeypatch.setattr(cluster_module, "refuse_unpacked", lambda ray, cases: None)
+    monkeypatch.setattr(cluster_module, "_making", lambda *_: (ray.make, 2))
     refusal = books.refused["c05"] = MedsegError(Code.OUTPUT, "no DICOM scan")
-    pool(FakeRay(on_case), books).work(CASES)
+    ray_engine(Path("run"), {})(books, CASES)  # type: ignore[arg-type]
     assert books.bad == {"c05": refusal} and sorted(books.settled) == sorted(tried) == [n for n in ALL if n != "c05"]
+
+
+def test_workers_stay_for_more_work() -> None:
+    ray, first, second = FakeRay(lambda worker, case: done(case)), Books(), Books()
+    with Pool(ray, Console(quiet=True), ray.make, 3) as pool:
+        pool.work(CASES[:2], Predictions(first))  # type: ignore[arg-type]
+        assert len(ray.workers) == 2 and not ray.killed
+        pool.work(CASES, Predictions(second))  # type: ignore[arg-type]
+    assert sorted(first.settled) == ALL[:2] and sorted(second.settled) == ALL
+    assert len(ray.workers) == 3 and set(ray.closed) == set(ray.killed) == set(ray.workers)
 
 
 def test_what_was_unpacked_here_is_refused_where_other_nodes_work(tmp_path: Path) -> None:
@@ -257,10 +268,10 @@ def test_what_was_unpacked_here_is_refused_where_other_nodes_work(tmp_path: Path
         context = SimpleNamespace(get_node_id=lambda: "here")
         return SimpleNamespace(nodes=lambda: nodes, get_runtime_context=lambda: context)
 
-    _refuse_unpacked(cluster_of(here), [inside])
-    _refuse_unpacked(cluster_of(here, other), [Case("b", (tmp_path / "b.nii.gz",), None)])
+    refuse_unpacked(cluster_of(here), [inside])
+    refuse_unpacked(cluster_of(here, other), [Case("b", (tmp_path / "b.nii.gz",), None)])
     with pytest.raises(MedsegError, match="a zip is unpacked on this machine alone"):
-        _refuse_unpacked(cluster_of(here, other), [inside])
+        refuse_unpacked(cluster_of(here, other), [inside])
 
 
 def test_workers_that_do_not_start() -> None:
@@ -268,7 +279,7 @@ def test_workers_that_do_not_start() -> None:
         raise Died
 
     with pytest.raises(MedsegError, match="the workers of the Ray cluster do not start"):
-        pool(FakeRay(lambda worker, case: done(case), on_start), Books()).work(CASES)
+        work(FakeRay(lambda worker, case: done(case), on_start), Books())
 
     def refused() -> None:
         error = Died()
@@ -276,16 +287,16 @@ def test_workers_that_do_not_start() -> None:
         raise error
 
     with pytest.raises(MedsegError, match="damaged"):
-        pool(FakeRay(lambda worker, case: done(case), refused), Books()).work(CASES)
+        work(FakeRay(lambda worker, case: done(case), refused), Books())
 
 
 def test_errors_survive_the_way_between_processes() -> None:
     class Local(Exception):
         pass
 
-    assert "Local: x" in str(pickle.loads(pickle.dumps(_sendable(Local("x")))))
+    assert "Local: x" in str(pickle.loads(pickle.dumps(sendable(Local("x")))))
     refusal = MedsegError(Code.GAP, "a slice is missing", where="CT_1")
-    assert str(pickle.loads(pickle.dumps(_sendable(refusal)))) == str(refusal)
+    assert str(pickle.loads(pickle.dumps(sendable(refusal)))) == str(refusal)
 
 
 # A worker, in this process
@@ -314,6 +325,7 @@ def test_a_worker_writes_files_without_names_and_hands_back_the_line(
     out = tmp_path / "out"
     out.mkdir()
     worker = Worker(tiny_run.run, SETTINGS, Options(), (None, None), out, "the session", 1)
+    worker.ready()
     first, *_, last = (located(case) for case in find_inputs([Path("scans")], num_channels=1))
     assert first.images[0].is_absolute()
     result = pickle.loads(pickle.dumps(worker.work(first)))
@@ -332,6 +344,7 @@ def test_a_worker_writes_files_without_names_and_hands_back_the_line(
 
 def test_a_full_disk_is_not_the_cases_fault(tiny_run, scans: Path, tmp_path: Path, monkeypatch) -> None:
     worker = Worker(tiny_run.run, SETTINGS, Options(), (None, None), tmp_path, "the session", 1)
+    worker.ready()
     first = located(find_inputs([scans], num_channels=1)[0])
 
     def full(self, *arguments: object) -> None:
@@ -352,23 +365,93 @@ def test_workers_are_of_a_cluster(tmp_path: Path, capfd) -> None:
 # A real cluster
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head and a second node, each with one processor."""
-    ray = pytest.importorskip("ray", reason='ray is not installed: pip install "medseg[ray]"')
-    from ray.cluster_utils import Cluster
+class Nodes:
+    """A Ray cluster of a head and a second node on this machine, each with one processor."""
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is written into the home folder
-    made = Cluster(shutdown_at_exit=False)
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(shutdown_at_exit=False)
+        self._add(include_dashboard=False, no_monitor=True)
+        self.second: Any = None
+        self.add_second()
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add_second(self) -> None:
+        if self.second is None:
+            self.second = self._add()
+
+    def kill_second(self) -> None:
+        self.cluster.remove_node(self.second, allow_graceful=False)
+        self.second = None
+
+    def _add(self, **settings: Any) -> Any:
+        """Start a node. Ray gives one half a minute, which does not suffice where much else is running."""
+        before = children()
+        for attempt in range(3):
+            try:
+                return self.cluster.add_node(
+                    num_cpus=1, object_store_memory=80 * 2**20, include_log_monitor=False, **settings
+                )
+            except Exception:
+                for process in children() - before:
+                    os.kill(process, signal.SIGKILL)
+                if attempt == 2:
+                    raise
+        raise AssertionError
+
+
+def children() -> set[int]:
+    """The processes that this one has started."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(path.parent.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """A cluster for all tests of this file."""
+    ray = pytest.importorskip("ray", reason='ray is not installed: pip install "medseg[ray]"')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is written into the home folder
+        made = Nodes()
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes: Nodes) -> Iterator[Nodes]:
+    """Both nodes, and this process connected to them."""
+    import ray
+
+    nodes.add_second()
+    ray.init(address=nodes.address, log_to_driver=False)
     try:
-        made.add_node(num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
-        made.second = made.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # type: ignore[attr-defined]
-        ray.init(address=made.address, log_to_driver=False)
-        yield made
+        yield nodes
     finally:
         ray.shutdown()
-        made.shutdown()
+
+
+def when_both_have_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is handed out before."""
+    hand_out, gate = Pool._hand_out, []
+
+    def gated(self: Pool, *arguments: Any) -> None:
+        if gate or not self.starting:
+            gate.append(True)
+            hand_out(self, *arguments)
+
+    monkeypatch.setattr(Pool, "_hand_out", gated)
 
 
 @pytest.mark.ray
@@ -386,15 +469,9 @@ def test_a_node_is_killed_and_nothing_is_lost_or_done_twice(
         while not (out / MANIFEST_FILE).is_file() or len(cases_of(out)) < 2:
             time.sleep(0.02)
         seen.append(sum(node["Alive"] for node in ray.nodes()))
-        cluster.remove_node(cluster.second, allow_graceful=False)
+        cluster.kill_second()
 
-    hand_out = Pool._hand_out
-
-    def when_both_have_started(self, waiting) -> None:
-        if seen or not self.starting:
-            hand_out(self, waiting)
-
-    monkeypatch.setattr(Pool, "_hand_out", when_both_have_started)
+    when_both_have_started(monkeypatch)
     killer = threading.Thread(target=kill_the_second_node)
     killer.start()
     log = io.StringIO()
@@ -421,3 +498,40 @@ def test_a_node_is_killed_and_nothing_is_lost_or_done_twice(
     assert exit_.value.code == EXIT_BAD_CASES
     assert "9 done before, 1 bad" in capfd.readouterr().out and len(cases_of(out)) == 11
     assert not ray.is_initialized()
+
+
+@pytest.mark.ray
+def test_a_node_is_killed_while_cases_are_prepared(
+    cluster: Nodes, tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """`medseg prepare --engine ray`: a node dies meanwhile, and the store is that of one process."""
+    data, store, alone = tmp_path / "data", tmp_path / "store", tmp_path / "alone"
+    shutil.copytree(tiny_run.data, data)
+    for number in range(5, 11):  # four cases are soon read
+        for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+            shutil.copy(data / folder / f"phantom_001{ending}", data / folder / f"phantom_{number:03d}{ending}")
+    take, taken = Pool._take, []
+
+    def kill_after_the_third(self: Pool, *arguments: Any) -> None:
+        take(self, *arguments)
+        taken.append(len(self.busy))
+        if len(taken) == 3:
+            cluster.kill_second()
+
+    when_both_have_started(monkeypatch)
+    monkeypatch.setattr(Pool, "_take", kill_after_the_third)
+    stated = [*TINY, f"data.root='{data}'", f"data.store='{store}'"]
+    main(["prepare", "--engine", "ray", "--workers", "2", *stated])
+    said = capfd.readouterr().out
+    assert taken[0] == 2 and "a worker was lost" in said and "10 cases prepared" in said, said
+    main(["prepare", *stated])
+    assert "10 cases found prepared" in capfd.readouterr().out
+    main(["prepare", *stated[:-1], f"data.store='{alone}'"])
+    names = {path.name for path in store.iterdir()}
+    assert names == {path.name for path in alone.iterdir()} and len(names) == 21  # two entries of each, README.txt
+    assert all(
+        (store / name / part).read_bytes() == (alone / name / part).read_bytes()
+        for name in names
+        for part in ("image.b2nd", "label.b2nd", "locations.bin")
+        if (store / name).is_dir()
+    )

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,11 +27,10 @@ from medseg.cli import main
 from medseg.config import resumed
 from medseg.data.sampling import PatchSampler
 from medseg.errors import MedsegError
-from medseg.training import loop, state
+from medseg.training import engine, loop, state
 from medseg.training.averaging import WeightAverage
-from medseg.training.journal import HISTORY_FILE, _rows
+from medseg.training.journal import HISTORY_FILE, Journal, _rows
 from medseg.training.loop import Loop
-from medseg.training.pictures import Pictures
 from medseg.training.signals import SAVING, save_signal_is_harmless
 from medseg.training.state import Counters, read_counters, resume_latest, save_latest
 from medseg.training.train import train
@@ -138,11 +137,15 @@ def test_killed_between_the_row_of_a_validation_and_its_checkpoint(
 ) -> None:
     """The validation is done again, and history.csv has its row once."""
 
-    def die(*arguments: object, **options: object) -> None:
-        raise Killed
+    original = Journal.record
+
+    def write_and_die(self: Journal, step: int, minutes: float, values: Mapping[str, float]) -> None:
+        original(self, step, minutes, values)
+        if "val_loss" in values:
+            raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Pictures, "draw", die)
+        patch.setattr(Journal, "record", write_and_die)
         run(tiny_run.data, tmp_path / "run", *EVERYTHING, "trainer.save_minutes=100")
     assert read_counters(tmp_path / "run").is_validating
     assert [row["step"] for row in history(tmp_path / "run") if row["val_dice_mean"]] == ["2"]
@@ -155,7 +158,8 @@ def test_killed_in_a_validation(
     tiny_run, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """In the middle of it, and after `latest` was written and before `best` was."""
-    original: Callable[..., object] = getattr(loop, moment)
+    module = loop if moment == "validate" else engine
+    original: Callable[..., object] = getattr(module, moment)
     calls = []
 
     def die(*arguments: object, **options: object) -> object:
@@ -164,7 +168,7 @@ def test_killed_in_a_validation(
             raise Killed
         return original(*arguments, **options)
 
-    monkeypatch.setattr(loop, moment, die)
+    monkeypatch.setattr(module, moment, die)
     with pytest.raises(Killed):
         run(tiny_run.data, tmp_path / "run", *EVERYTHING, "trainer.save_minutes=100")
     counters = read_counters(tmp_path / "run")
@@ -289,7 +293,7 @@ def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
 
 def test_a_lost_best_is_made_again_or_said(tmp_path: Path) -> None:
     model, optimizer, scaler, average = small_state(3)
-    here = Counters(step=3, best_dice=0.5, best_step=3, validations=1)
+    here = Counters(step=3, best_score=0.5, best_step=3, validations=1)
     save_latest(tmp_path, model, optimizer, scaler, here, average)
     assert resume_state(tmp_path)[:2] == (here, [])
     tensors, metadata = read_checkpoint(checkpoint_path(tmp_path, "best"))
@@ -297,13 +301,13 @@ def test_a_lost_best_is_made_again_or_said(tmp_path: Path) -> None:
     assert torch.equal(tensors["model.weight"], average.weights()["weight"])
 
     # The best one is of a later step than the checkpoint that is left: it stays the one to beat.
-    save_latest(tmp_path, model, optimizer, scaler, Counters(step=2, best_dice=0.3, best_step=1), average)
+    save_latest(tmp_path, model, optimizer, scaler, Counters(step=2, best_score=0.3, best_step=1), average)
     counters, notes, _ = resume_state(tmp_path)
-    assert (counters.step, counters.best_dice, counters.best_step, notes) == (2, 0.5, 3, [])
+    assert (counters.step, counters.best_score, counters.best_step, notes) == (2, 0.5, 3, [])
 
     checkpoint_path(tmp_path, "best").write_bytes(b"damaged")
     counters, (note,), _ = resume_state(tmp_path)
-    assert counters.best_dice == -1 and "the best checkpoint is missing or damaged" in note
+    assert counters.best_score == -1 and "the best checkpoint is missing or damaged" in note
 
 
 @pytest.mark.skipif(SAVING is None, reason="no SIGUSR1 here")
@@ -321,7 +325,7 @@ def test_sigusr1_saves_and_goes_on(tiny_run, tmp_path: Path, monkeypatch: pytest
         save_of(folder, model, *rest)
 
     monkeypatch.setattr(Loop, "train_step", ask)
-    monkeypatch.setattr(loop, "save_latest", note)
+    monkeypatch.setattr(engine, "save_latest", note)
     result = run(tiny_run.data, tmp_path / "run", "trainer.max_steps=4", "trainer.num_validations=1")
     assert result.steps == 4 and saved == [2, 4, 4]  # asked for; before and after the validation
     with save_signal_is_harmless():
@@ -364,7 +368,7 @@ def test_a_loss_that_is_not_finite_may_be_left_out(
 
 def test_leaving_out_has_an_end(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, range(1, 100))
-    monkeypatch.setattr(loop, "MAX_LEFT_OUT", 3)
+    monkeypatch.setattr(engine, "MAX_LEFT_OUT", 3)
     with pytest.raises(MedsegError, match=r"(?s)E_NAN_LOSS: the training loss was not finite 3 times in a row.*step 3"):
         run(tiny_run.data, tmp_path / "run", "trainer.max_steps=40", "trainer.on_nan_loss=skip")
 

@@ -6,8 +6,11 @@ import csv
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from medseg.errors import Code, MedsegError
 from medseg.reports.sweep import conclude_sweep, differing, read_sweep
 from medseg.training.experiment import Experiment, write_config
 from medseg.training.run_folder import refusals_in, write_refusal
+from medseg.training.state import read_counters
 from medseg.training.train import TrainResult
 from medseg.tuning import ENDED_EARLY
 
@@ -206,3 +210,53 @@ def test_through_submitit(tiny_run, tmp_path: Path) -> None:
     runs = read_sweep(tmp_path / "sweep")
     assert [run.settings["seed"] for run in runs] == [0, 1] and all(run.dice >= 0 for run in runs)
     assert (tmp_path / "sweep" / "sweep.csv").is_file() and "0_unet" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_search_over_real_trainings(tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in its second trial, it goes on from `study.log`; trials end early; a table and a picture compare them."""
+    folder = tmp_path / "search"
+    lengths = ("trainer.max_steps=20", "trainer.num_validations=5", "trainer.save_minutes=0", "augment=none")
+    stated = [*TINY, *lengths, f"data.root='{tiny_run.data}'", "optimizer.lr=tag(log,interval(1e-6,1e-1))"]
+    command = [sys.executable, "-m", "medseg", "tune", "-o", str(folder), "--trials", "2", *stated]
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        second, end = folder / "trial_001", time.monotonic() + 600
+        while not (second / "checkpoints" / "latest.safetensors").exists():
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "output.txt").read_text()
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    begun = read_counters(second).step
+
+    sampler = optuna.samplers.TPESampler
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda seed: sampler(seed=3))  # the same values in each test
+    said = io.StringIO()
+    tuning.tune(stated, folder, num_trials=12, prunes=True, console=Console(file=said, width=200))
+    assert "trial_001 was cut short and goes on" in said.getvalue()
+    study = tuning.open_study(folder, search_space(stated)[1], prunes=True)
+    states = Counter(trial.state.name for trial in study.trials)
+    assert states["FAIL"] == 1 and states["COMPLETE"] + states["PRUNED"] == 12 and states["PRUNED"] >= 1, states
+    runs = {run.name: run for run in read_sweep(folder)}
+    assert len(runs) == 12 and read_counters(second).step == 20 > begun
+    for trial in study.trials:
+        run = runs[trial.user_attrs["run"]]
+        assert run.settings["optimizer.lr"] == pytest.approx(trial.params["optimizer.lr"])
+        if trial.state.name == "PRUNED":
+            assert len(trial.intermediate_values) < 5 and ENDED_EARLY in (folder / run.name / "refused.txt").read_text()
+        elif trial.state.name == "COMPLETE":
+            assert run.dice == pytest.approx(trial.value, abs=1e-6)
+    with (folder / "sweep.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 12
+    assert (folder / "sweep.png").stat().st_size > 10_000
+    best = runs[study.best_trial.user_attrs["run"]]
+    assert f"best of {states['COMPLETE']}: {best.name}" in said.getvalue()
+    assert best.dice == max(run.dice for run in runs.values() if run.refused is None)
+    if keep := os.environ.get("MEDSEG_KEEP_SEARCH"):  # to look at the picture
+        shutil.copytree(folder, keep)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.modules.module import (
@@ -50,6 +50,9 @@ MORE_PARTS = 1000
 """… and this many more."""
 _NOT_BUILT = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, MemoryError)
 """What networks raise for settings that make none."""
+TASK_KEY = "task"
+"""In `bundle.json`: what was learnt, where that is not segmentation."""
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class BundleInfo:
         modality: "CT", "MR", … of all training cases; None where they differ or their files do not tell.
         structures: class name → the structures of DICOM annotations that mean it; None where labels were files.
         swap: classes or regions that change places when left and right are mirrored, each pair once.
+        method: how a pretraining reconstructed images (name and settings of the method): its weights predict nothing,
+            and `model` is the segmenter that they begin (`trainer.initial`). None of a model that segments.
     """
 
     model: Mapping[str, Any]
@@ -75,6 +80,7 @@ class BundleInfo:
     modality: str | None = None
     structures: Mapping[str, tuple[str, ...]] | None = None
     swap: Mapping[str, str] = field(default_factory=dict)
+    method: Mapping[str, Any] | None = None
 
     @property
     def mirroring(self) -> Mirroring:
@@ -112,6 +118,8 @@ class BundleInfo:
             "structures": self.structures,
             "swap": dict(self.swap),
         }
+        if self.method is not None:
+            content["method"] = dict(self.method)
         write_atomically(run / BUNDLE_FILE, json.dumps(content, indent=2).encode())
 
     @classmethod
@@ -139,11 +147,21 @@ class BundleInfo:
             check_format(content, BUNDLE_FORMAT, where=path)
             if content.get(EXPORTED):
                 _check_is_vouched_for(path)
+            if content.get(TASK_KEY) == "classification":
+                raise MedsegError(
+                    Code.MODEL,
+                    "this run classifies whole images, which is not what is done here",
+                    where=run,
+                    expected="a run that segments",
+                    got="task=classification",
+                    remedy="medseg predict, evaluate, inspect and verify take it (docs/classification.md)",
+                )
             model, structures = content["model"], content.get("structures")
             _check(isinstance(model, dict) and isinstance(model.get("name"), str), "model has no name")
             _check(_are(str, content["channels"]), "channels are no list of names")
             _check(_are(int, content["mirror_axes"]), "mirror_axes are no list of axes")
             _check(isinstance(content.get("modality"), str | None), "modality is no text")
+            _check(isinstance(content.get("method"), dict | None), "method is no table")
             info = cls(
                 model,
                 Plan.from_json(content["plan"]),
@@ -153,6 +171,7 @@ class BundleInfo:
                 content.get("modality"),
                 structures and {str(name): tuple(map(str, drawn)) for name, drawn in structures.items()},
                 {str(a): str(b) for a, b in content.get("swap", {}).items()},
+                content.get("method"),
             )
             dims = info.plan.spatial_dims
             _check(all(0 <= axis < dims for axis in info.mirror_axes), "mirror_axes are not those of the plan")
@@ -183,31 +202,54 @@ def load_bundle(run: Path, *, checkpoint: str = "best", device: torch.device | s
         device: where the network goes.
     Raises:
         MedsegError: E_RUN if there is no such run, E_CHECKPOINT if the checkpoint is missing or damaged, E_MODEL if
-            its weights do not fit the network; what `BundleInfo.read` refuses.
+            its weights do not fit the network or it is a pretraining; what `BundleInfo.read` refuses.
     """
     run = opened(run)
     info = BundleInfo.read(run)
+    if info.method is not None:
+        raise MedsegError(
+            Code.MODEL,
+            "this run is a pretraining: it has learnt to reconstruct images, and segments nothing",
+            where=run,
+            expected="a run that was trained with labels",
+            got=f"task=pretraining method={info.method.get('name')}",
+            remedy=f"train a segmenter that begins with it: medseg train data.root=FOLDER trainer.initial={run}",
+        )
     path = checkpoint_path(run, checkpoint)
     tensors, _ = read_checkpoint(path)
-    weights = weights_in(tensors)
+    model = built_with(info.build_model, weights_in(tensors), description=run / BUNDLE_FILE, where=path)
+    return Bundle(info, model.to(device).eval(), run, checkpoint)
+
+
+def built_with(build: Callable[[], M], weights: Mapping[str, torch.Tensor], *, description: Path, where: Path) -> M:
+    """A network that a stranger may have described, with its weights.
+
+    Args:
+        build: builds it with fresh weights.
+        weights: by the names that the network gives them.
+        description: the file that describes it, for messages.
+        where: the checkpoint, for messages.
+    Raises:
+        MedsegError: E_MODEL if it cannot be built, or the weights do not fit.
+    """
     try:
         with _at_most(PARTS_PER_WEIGHT * len(weights) + MORE_PARTS):
             with suppress(NotImplementedError, RuntimeError), ShapesOnly():
                 # Only shapes: a description that asks for absurd layers is refused before it costs memory. Some of
                 # MONAI's networks compute with numbers while they are built, which are not there.
-                check_weights_fit(info.build_model(), weights, where=path)
-            model = info.build_model()
+                check_weights_fit(build(), weights, where=where)
+            model = build()
     except _NOT_BUILT as error:
         raise MedsegError(
             Code.MODEL,
             "the network of the description cannot be built",
-            where=run / BUNDLE_FILE,
+            where=description,
             got=f"{type(error).__name__}: {error}",
             remedy="get the bundle again from its source, or train again",
         ) from error
-    check_weights_fit(model, weights, where=path)
+    check_weights_fit(model, weights, where=where)
     model.load_state_dict(weights)
-    return Bundle(info, model.to(device).eval(), run, checkpoint)
+    return model
 
 
 @contextmanager

@@ -23,8 +23,10 @@ from medseg.cli.doctor import doctor
 from medseg.cli.evaluate import evaluate
 from medseg.cli.export import export
 from medseg.cli.inspect import inspect
+from medseg.cli.measure import measure
 from medseg.cli.notebook import notebook
 from medseg.cli.predict import predict
+from medseg.cli.prepare import prepare
 from medseg.cli.select import select
 from medseg.cli.train import plan, train
 from medseg.cli.tune import tune
@@ -35,6 +37,7 @@ VERBS = (
     inspect,
     convert,
     plan,
+    prepare,
     train,
     tune,
     select,
@@ -42,6 +45,7 @@ VERBS = (
     predict,
     evaluate,
     compare,
+    measure,
     verify,
     notebook,
     doctor,
@@ -59,6 +63,7 @@ HELP = """From a folder of medical scans to a trained, validated, usable segment
   medseg inspect FOLDER                           what lies in a folder of DICOM or images, and what is wrong
   medseg convert SERIES scan.nii.gz               DICOM, SEG and RTSTRUCT to NIfTI, and labels back to DICOM
   medseg plan data.root=FOLDER                    what a training would do with your cases, and why
+  medseg prepare data.root=FOLDER                 read and prepare them before a training, also on a cluster
   medseg train data.root=FOLDER                   train on them
   medseg tune KEY=A,B... -o FOLDER                search for settings, trial after trial
   medseg select RUN RUN... -o ENSEMBLE            compare runs, and put the best ones together
@@ -66,6 +71,7 @@ HELP = """From a folder of medical scans to a trained, validated, usable segment
   medseg predict RUN SCAN... -o OUT               label scans the model has never seen
   medseg evaluate PREDICTIONS REFERENCES -o OUT   honest numbers, per case and class
   medseg compare SCORES SCORES                    which of two models is better, and whether that is chance
+  medseg measure IMAGE LABEL -o features.csv      shape, intensity, texture and edges of structures, as a table
   medseg verify RUN                               whether its files are what they were when it was made
   medseg notebook RUN                             look at it in Jupyter, slice by slice; and see how networks work
   medseg doctor                                   what this machine can do, and what to do where it cannot

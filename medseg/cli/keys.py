@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch is not imported before it is needed
+    from medseg.tasks import Task
 
 HELP_OPTIONS = ("--help", "-h")
 SHORTENED = 28
@@ -30,8 +33,10 @@ def print_help(config_name: str, arguments: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from medseg.config import PART_GROUPS, PLAIN_GROUPS, composed, configs_folder, group_options
+    from medseg.config import composed
+    from medseg.tasks import configs_folder, task_of
 
+    task = task_of(arguments)
     values, header, footer = composed(config_name, [a for a in arguments if not a.startswith("-")])
     console = Console()
 
@@ -41,32 +46,32 @@ def print_help(config_name: str, arguments: Sequence[str]) -> None:
     say(header.replace("$$", "$"))  # doubled for the template that Hydra fills in
     say("== Groups (group=option) ==")
     for group in sorted(path.name for path in configs_folder().iterdir() if path.is_dir()):
-        say(f"  {group}: {', '.join(group_options(group))}")
+        if options := task.options(group):
+            say(f"  {group}: {', '.join(options)}")
     say("\n== Keys (key=value), and what they mean: the first sentence of docs/configuration.md ==")
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
-    for key, text in meanings(values, {*PART_GROUPS, *PLAIN_GROUPS}):
+    for key, text in meanings(values, task):
         table.add_row(f"{key}={_shown(values, key)}", text)
     console.print(table, highlight=False, markup=False)
     say("\n" + footer)
 
 
-def meanings(values: Mapping[str, Any], groups: set[str]) -> list[tuple[str, str]]:
+def meanings(values: Mapping[str, Any], task: Task) -> list[tuple[str, str]]:
     """The keys of a configuration with the first sentence of what they mean, as the dataclasses say it.
 
     Args:
         values: the configuration: its parts decide which keys there are.
-        groups: keys that are tables of their own.
+        task: what is learnt.
     """
-    from medseg.config import PART_GROUPS, PLAIN_GROUPS
     from medseg.registry import described_fields
-    from medseg.training.experiment import Experiment
 
-    found = [(key, text) for key, _, text in described_fields(Experiment) if key.split(".")[0] not in groups]
-    for group, cls in PLAIN_GROUPS.items():
+    stated = described_fields(task.experiment)
+    found = [(key, text) for key, _, text in stated if key.split(".")[0] not in task.groups]
+    for group, (_, cls) in task.plain.items():
         found += [(key, text) for key, _, text in described_fields(cls, group)]
-    for group, registry in PART_GROUPS.items():
+    for group, registry in task.parts.items():
         name = str(values[group]["name"])
         found.append((f"{group}.name", f"Set by {group}={name}: one of {', '.join(registry.names())}."))
         found += [(key, text) for key, _, text in described_fields(registry.part(name).config, group)]

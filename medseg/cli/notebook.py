@@ -108,11 +108,14 @@ def copy_notebooks(shipped: Sequence[Path], folder: Path) -> int:
     Raises:
         MedsegError: E_OUTPUT if the folder cannot be written.
     """
+    from medseg.formats.atomic import whole_file
+
     missing = [path for path in shipped if not (folder / path.name).exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in missing:
-            shutil.copyfile(path, folder / path.name)
+        for path in missing:  # half a notebook would stay as it is the next time
+            with whole_file(folder / path.name, path.suffix) as temporary:
+                shutil.copyfile(path, temporary)
     except OSError as error:
         raise MedsegError(
             Code.OUTPUT,

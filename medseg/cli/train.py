@@ -51,13 +51,15 @@ def plan(arguments: tuple[str, ...]) -> None:
 def train(arguments: tuple[str, ...]) -> None:
     """Compose the configuration as Hydra does and train."""
     if asks_for_help(arguments):
-        print_help("train", arguments)
+        from medseg.tasks import task_of
+
+        print_help(task_of(arguments).config, arguments)
         return
     from medseg.config import resumed, run_hydra
+    from medseg.tasks import task_named, task_of
     from medseg.training.distributed import begun_before, is_follower, refuse_sweep
     from medseg.training.run_folder import has_begun
     from medseg.training.train import follow, log_to
-    from medseg.training.train import train as train_model
 
     refuse_sweep(arguments)
     if is_follower():
@@ -70,6 +72,7 @@ def train(arguments: tuple[str, ...]) -> None:
         run = Path(to_resume[-1]).expanduser().absolute()
         experiment = resumed(run, [a for a in arguments if not a.startswith("resume=")])
         log_to(run)
-        train_model(experiment, run)
+        task_named(experiment.task).run(experiment, run)
     else:
-        run_hydra("train", arguments, train_model)
+        task = task_of(arguments)
+        run_hydra(task.config, arguments, task.run)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.data.facts import Anomaly, CaseInfo
 from medseg.data.layouts import name_some
-from medseg.labels import Labels
+from medseg.labels import UNLABELLED, Labels
 from medseg.volume import MODEL_ORIENTATION
 
 DEVIATIONS = 5.0
@@ -49,7 +49,7 @@ def find_anomalies(cases: Sequence[CaseInfo], labels: Labels, channel_names: Seq
     """
     reasons: dict[str, list[str]] = {case.case_id: [] for case in cases}
     groups: list[Anomaly] = []
-    findings = _labels(cases, labels)
+    findings = [] if labels == UNLABELLED else _labels(cases, labels)
     if len(cases) >= FEWEST_CASES:
         findings += _geometry(cases) + _intensities(cases, channel_names)
     for what, texts in findings:

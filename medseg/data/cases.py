@@ -215,6 +215,11 @@ def load_image(
     return Volume(np.ascontiguousarray(array, dtype=np.float32), first.grid, modality or None, notes)
 
 
+def blank_label(grid: Grid) -> Volume:
+    """The label of a case that is learnt from without one (`medseg.labels.UNLABELLED`): background alone."""
+    return Volume(np.zeros(grid.shape, dtype=np.uint8), grid)
+
+
 def load_label(case: Case, labels: Labels, image_grid: Grid, reading: Reading = STRICT) -> Volume:
     """Open a case's label as class indices on the image's grid.
 

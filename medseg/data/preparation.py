@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from rich.markup import escape
 
-from medseg.data.cases import Case, load_image, load_label
+from medseg.data.cases import Case, blank_label, load_image, load_label
 from medseg.data.memory import available_bytes
 from medseg.data.plan import Plan
 from medseg.data.prepared import PreparedCase
@@ -37,7 +37,7 @@ from medseg.data.stored_array import (
 )
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading
-from medseg.labels import Labels
+from medseg.labels import UNLABELLED, Labels
 from medseg.volume import Grid
 
 InMemory = Literal["auto"] | bool
@@ -76,13 +76,18 @@ class Preparation:
             folder: the store's.
         """
         num = len(self.cases)
-        made = f"{num - self.num_found} of {num} cases prepared anew" if self.num_found else f"{num} cases prepared"
-        if self.num_found == num:
-            made = f"{num} cases found prepared"
-        kept = "" if folder is None else f", kept in {escape(str(folder))}"
         disk = "" if self.in_memory == num else f"; patches of {num - self.in_memory} are read from there"
-        notes = [f"[yellow]warning[/]    {escape(line)}" for line in self.damaged]
-        return [*notes, f"prepared   {made}{kept}{disk}"]
+        *notes, line = preparation_lines(num, self.num_found, self.damaged, folder)
+        return [*notes, line + disk]
+
+
+def preparation_lines(num: int, num_found: int, damaged: Sequence[str], folder: Path | None) -> list[str]:
+    """For the user: how many cases were prepared anew, and where they are kept; `Preparation` says what is what."""
+    made = f"{num - num_found} of {num} cases prepared anew" if num_found else f"{num} cases prepared"
+    if num_found == num:
+        made = f"{num} cases found prepared"
+    kept = "" if folder is None else f", kept in {escape(str(folder))}"
+    return [*(f"[yellow]warning[/]    {escape(line)}" for line in damaged), f"prepared   {made}{kept}"]
 
 
 class _Room:
@@ -211,7 +216,8 @@ def _prepare(
     decoded = store.decoded.take(case.case_id)
     if decoded is None:
         volume = load_image(case, num_channels=plan.num_channels, reading=reading)
-        label_volume = load_label(case, labels, volume.grid, reading)
+        unlabelled = labels == UNLABELLED
+        label_volume = blank_label(volume.grid) if unlabelled else load_label(case, labels, volume.grid, reading)
     else:
         volume, values = decoded
         label_volume = type(values)(labels.to_index(values.array, where=case.case_id), values.grid)

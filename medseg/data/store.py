@@ -57,7 +57,8 @@ What medseg has prepared of training cases, so that it need not be done again. E
 days are deleted; the whole folder can be deleted whenever no run is using it. Nothing here is needed for predictions.
 It holds the voxels of the cases: protect it like the data.
 """
-_TEMPORARY = ".new-"
+TEMPORARY = ".new-"
+"""How names of what is not an entry yet begin; what is left of them is deleted after a day."""
 _HALVES = (".hdr", ".img", ".hdr.gz", ".img.gz")
 """Endings of the halves of a NIfTI pair."""
 _READ_BYTES = 1 << 20
@@ -65,6 +66,9 @@ _LIBRARIES = ("numpy", "scipy", "torch", "nibabel", "pydicom", "pyjpegls", "pyth
 """What decodes and resamples."""
 _CODE = ("formats", "data", "label_values.py", "labels.py", "resampling.py", "volume.py")
 """What of medseg decides what entries hold."""
+
+Known = tuple[str, list[tuple[int, int]]]
+"""Digest of a case's files, and their sizes and times when they were read."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Store:
         self.decoded = Decoded(int(DECODED_SHARE * available_bytes()))
         self.damaged: list[str] = []
         """What was found damaged, in words."""
-        self._digests: dict[str, tuple[str, list[tuple[int, int]]]] = {}
+        self._digests: dict[str, Known] = {}
         if folder is not None and folder.is_dir():
             _tidy(folder)
 
@@ -107,12 +111,39 @@ class Store:
             self._digests[case.case_id] = (case_digest(case), stamps)
         return self._digests[case.case_id][0]
 
+    def known(self, case: Case) -> Known | None:
+        """What `digest` found, for the store of another process; None where it was not asked, or not answered."""
+        return self._digests.get(case.case_id)
+
+    def know(self, case: Case, known: Known | None) -> None:
+        """Take over what another process has read: the files need not be read again for their digest."""
+        if known is not None:
+            self._digests[case.case_id] = known
+
+    def forget(self, case: Case) -> None:
+        """Let go of what is known of a case."""
+        self._digests.pop(case.case_id, None)
+
     def is_unchanged(self, case: Case) -> bool:
         """Whether the case's files are, by size and time, those that its key was made of."""
         try:
             return self._digests[case.case_id][1] == _stamps(case)
         except OSError:  # a file is gone
             return False
+
+    def begin(self) -> None:
+        """Make the folder, if entries are kept and it is not there.
+
+        Raises:
+            MedsegError: E_OUTPUT.
+        """
+        if self.folder is None or self.folder.is_dir():
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "README.txt").write_text(README.format(days=KEEP_DAYS), encoding="utf-8")
+        except OSError as error:
+            raise _cannot_keep(error) from error
 
     def read(self, key: str, case_id: str) -> Entry | None:
         """An entry whose files are all there and whole; None where there is none. Damage is noted in `damaged`."""
@@ -148,13 +179,11 @@ class Store:
         """
         if self.folder is None:
             return None
-        temporary = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         sums = {name: zlib.crc32(content) for name, content in files.items()}
         content = {"values": values, "sums": sums, "digest": _digest_of(values, sums)}
         try:
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "README.txt").write_text(README.format(days=KEEP_DAYS), encoding="utf-8")
+            self.begin()
             if files:
                 temporary.mkdir()
             for name, data in files.items():
@@ -166,16 +195,7 @@ class Store:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
         except OSError as error:
-            raise MedsegError(
-                Code.OUTPUT,
-                "prepared cases cannot be kept: the disk is full"
-                if error.errno in (errno.ENOSPC, errno.EDQUOT)
-                else "prepared cases cannot be kept",
-                where="data.store",
-                got=error.strerror or type(error).__name__,
-                remedy="make room, name a folder on another disk (data.store=FOLDER), or keep them in memory only "
-                "(data.store=null)",
-            ) from error
+            raise _cannot_keep(error) from error
         finally:
             if temporary.exists():
                 _delete(temporary)
@@ -312,9 +332,22 @@ def _checksum(path: Path) -> int:
     return total
 
 
+def _cannot_keep(error: OSError) -> MedsegError:
+    return MedsegError(
+        Code.OUTPUT,
+        "prepared cases cannot be kept: the disk is full"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else "prepared cases cannot be kept",
+        where="data.store",
+        got=error.strerror or type(error).__name__,
+        remedy="make room, name a folder on another disk (data.store=FOLDER), or keep them in memory only "
+        "(data.store=null)",
+    )
+
+
 def _delete(entry: Path) -> None:
     """Take an entry away: its name first, so that nobody meets half of it."""
-    grave = entry.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    grave = entry.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     with suppress(OSError):  # somebody else was first
         entry.rename(grave)
         if grave.is_dir():
@@ -327,7 +360,7 @@ def _tidy(folder: Path) -> None:
     """Delete entries that were not used for `KEEP_DAYS`, and what killed processes left a day ago or earlier."""
     now = time.time()
     for path in folder.iterdir():
-        days = KEEP_DAYS if len(path.name) == 64 else 1 if path.name.startswith(_TEMPORARY) else None
+        days = KEEP_DAYS if len(path.name) == 64 else 1 if path.name.startswith(TEMPORARY) else None
         try:
             if days is not None and now - path.stat().st_mtime > days * 86400:
                 _delete(path)

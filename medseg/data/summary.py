@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.data.facts import CaseInfo, Survey
-from medseg.labels import REST
+from medseg.labels import REST, UNLABELLED
 
 MAX_NOTES = 10
 """Most notes that are printed."""
@@ -30,6 +30,8 @@ def summary_lines(found: Survey) -> list[str]:
     orientations = Counter(case.orientation for case in cases if case.orientation)
     if orientations:
         lines.append("stored as  " + ", ".join(f"{name} ({count})" for name, count in orientations.most_common()))
+    if found.labels == UNLABELLED:
+        return [*lines, "labels     none: what is learnt is learnt from the images", *_of_the_folder(found)]
     lines.append(f"labels     from {found.labels_from}")
     voxels = np.array([case.label_voxels for case in cases], dtype=np.float64)
     for index, name in enumerate(found.labels.names):
@@ -41,12 +43,13 @@ def summary_lines(found: Survey) -> list[str]:
             f"{100 * share:8.3g} % of voxels, in {int((voxels[:, index] > 0).sum())} of {len(cases)} cases"
             + (f", drawn as {', '.join(drawn)}" if drawn else "")
         )
-    lines += _region_lines(found, voxels)
-    lines += _notes(cases)
-    lines += [f"left out   {text}" for text in found.left_out]
-    for problem in found.quarantine:
-        lines.append(f"left out   {problem.case_id}: {problem.code} {problem.message}")
-    return lines
+    return [*lines, *_region_lines(found, voxels), *_of_the_folder(found)]
+
+
+def _of_the_folder(found: Survey) -> list[str]:
+    """What is to be known of cases, and what was left out."""
+    left_out = [*found.left_out, *(f"{p.case_id}: {p.code} {p.message}" for p in found.quarantine)]
+    return [*_notes(found.cases), *(f"left out   {text}" for text in left_out)]
 
 
 def anomaly_lines(found: Survey) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.data.anomalies import find_anomalies
-from medseg.data.cases import Case, DataFolder, load_image, load_label_values
+from medseg.data.cases import Case, DataFolder, blank_label, load_image, load_label_values
 from medseg.data.facts import CaseInfo, ChannelStats, Problem, Survey
 from medseg.data.store import Store
 from medseg.data.structure_table import refuse_overlap
@@ -25,7 +25,7 @@ from medseg.data.survey_cache import remembered, survey_basis
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading
 from medseg.label_values import integer_values
-from medseg.labels import IGNORE_INDEX, Labels
+from medseg.labels import IGNORE_INDEX, UNLABELLED, Labels
 from medseg.volume import MODEL_ORIENTATION
 
 MAX_FOUND_VALUES = 64
@@ -75,6 +75,7 @@ def survey(
         folder: as `find_cases` gives it, with labels.
         declared_labels: class names → values as the user writes them; they win over those of a dataset.json, and
             these over the values that are found. Of a tree of DICOM files `folder.structures` holds them already.
+            Those of `UNLABELLED` look at no label: intensities are then those of whole images.
         regions_order: names of the regions in the order in which predictions paint them (`Labels.from_mapping`).
         num_threads: cases that are read at a time; memory holds as many.
         progress: called with (cases read, cases in all).
@@ -101,7 +102,7 @@ def survey(
     good = [readings[case.case_id] for case in folder.cases if case.case_id not in problems]
     labels = declared or _labels_of_values(good)
     infos = tuple(_with_classes(reading, labels) for reading in good)
-    if not any(sum(info.label_voxels[1:]) for info in infos):
+    if labels != UNLABELLED and not any(sum(info.label_voxels[1:]) for info in infos):
         raise MedsegError(
             Code.LABEL,
             "no case has a voxel of any class but the background",
@@ -162,16 +163,7 @@ def _read_all(
 ) -> tuple[dict[str, _CaseRead], dict[str, MedsegError]]:
     readings: dict[str, _CaseRead] = {}
     problems: dict[str, MedsegError] = {}
-    settings = {
-        "channels": folder.channels,
-        "declared": None if declared is None else asdict(declared),
-        "structures": repr(folder.structures),
-    }
-    basis = survey_basis(_CaseRead, settings, reading)
-
-    def read(case: Case) -> _CaseRead:
-        return remembered(_CaseRead, lambda: _decode(case, folder, declared, reading, store), store, case, basis)
-
+    read = case_reader(folder, declared, reading, store)
     with ThreadPoolExecutor(num_threads) as pool:
         running = {pool.submit(read, case): case for case in folder.cases}
         try:
@@ -192,10 +184,26 @@ def _read_all(
     return readings, problems
 
 
+def case_reader(
+    folder: DataFolder, declared: Labels | None, reading: Reading, store: Store
+) -> Callable[[Case], _CaseRead]:
+    """What reads a case, or finds in the store what was read of it."""
+    settings = {
+        "channels": folder.channels,
+        "declared": None if declared is None else asdict(declared),
+        "structures": repr(folder.structures),
+    }
+    basis = survey_basis(_CaseRead, settings, reading)
+    return lambda case: remembered(
+        _CaseRead, lambda: _decode(case, folder, declared, reading, store), store, case, basis
+    )
+
+
 def _decode(case: Case, folder: DataFolder, declared: Labels | None, reading: Reading, store: Store) -> _CaseRead:
     """Read one case. Its arrays are left to `store.decoded`, where they wait to be prepared."""
     image = load_image(case, channels=folder.channels, reading=reading)
-    drawn = load_label_values(case, image.grid, reading)
+    unlabelled = declared == UNLABELLED
+    drawn = blank_label(image.grid) if unlabelled else load_label_values(case, image.grid, reading)
     if folder.structures is not None:
         refuse_overlap(drawn.notes, case.case_id, folder.structures)
     label = integer_values(drawn.array, where=case.case_id)
@@ -225,7 +233,7 @@ def _decode(case: Case, folder: DataFolder, declared: Labels | None, reading: Re
         nonzero_shape=_nonzero_shape(image.array),
         notes=tuple(dict.fromkeys((*image.notes, *drawn.notes))),
     )
-    pooled = sample[:, : POOLED_VOXELS if num_foreground else 0].copy()
+    pooled = sample[:, : POOLED_VOXELS if num_foreground or unlabelled else 0].copy()
     return _CaseRead(info, voxels_of_value, grid.shape, grid.spacing_mm, pooled)
 
 

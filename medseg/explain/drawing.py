@@ -1,13 +1,12 @@
 """A network as a drawing: its stages from the image to the result, lower where they are coarser, with their skips.
 
-What is drawn is what ran: a line is a map that one stage made and another took. So every network can be drawn, and an
-encoder–decoder becomes the well-known U.
+An encoder–decoder becomes the well-known U, and pathways that run side by side are drawn side by side.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,35 +16,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from medseg.explain.layers import Layer, LayerTable
+from medseg.explain.graph import IMAGE, Box, Edge, graph_of
+from medseg.explain.layers import LayerTable
 from medseg.explain.text import short_name, times
 from medseg.formats.atomic import whole_file
 
-WIDTH, HEIGHT = 2.5, 0.86
+WIDTH, HEIGHT = 2.3, 0.9
 """Inches of a stage."""
-STEP_SAME, STEP_LEVEL, LEVEL = 3.0, 2.0, 1.4
-"""Inches to the next stage to the right: at the same level, and at another one; and down to the next level."""
+STEP_SAME, STEP_LEVEL, LEVEL = 2.95, 1.7, 1.5
+"""Inches to the next column: where stages of both lie side by side, and where none do; and down to the next level."""
+ROOF, ROOFS = 0.16, 0.12
+"""Inches from a stage to a line that goes over the next one, and more for each further one."""
 ENCODER, BOTTOM, DECODER, ENDS = "#CFE3F5", "#E3E3E3", "#FBE0BF", "#FFFFFF"
-LINE, SKIP = "#333333", "#0B6E4F"
-_MERGED_BY = {"cat": "concat", "concat": "concat", "concatenate": "concat", "sub": "subtract", "mul": "multiply"}
-_IMAGE = "image"
-
-
-@dataclass(frozen=True)
-class _Edge:
-    """A map on its way.
-
-    Args:
-        source: stage that made it.
-        target: stage that takes it.
-        skip: how it is merged there with another one; "" for the way that the network takes from stage to stage.
-        step: what the target does to its size, if anything.
-    """
-
-    source: str
-    target: str
-    skip: str
-    step: str
+LINE, SKIP, QUIET = "#333333", "#0B6E4F", "#666666"
+LEGEND = "In each box: its name, channels × size of what it gives, its convolutions. Dashed: skips."
+_LARGE, _MIDDLE, _SMALL = 11, 10, 9
 
 
 def save_drawing(path: Path, table: LayerTable, *, title: str = "") -> None:
@@ -65,116 +50,72 @@ def save_drawing(path: Path, table: LayerTable, *, title: str = "") -> None:
 
 def drawing_figure(table: LayerTable, *, title: str = "") -> Figure:
     """The drawing as a figure with a canvas of its own, for notebooks and TensorBoard."""
-    edges = _edges(table)
-    stages = [stage for stage in table.stages if any(stage in (edge.source, edge.target) for edge in edges)]
-    levels = _levels(table, stages)
-    places = _places(stages, levels)
+    boxes, edges = graph_of(table)
+    places = _places(boxes)
+    roofs = {edge: _blocking(places, edge) for edge in edges}
     right, bottom = max(x for x, _ in places.values()), min(y for _, y in places.values())
-    size = (right + WIDTH + 0.6, -bottom + HEIGHT + (1.2 if title else 0.8))
-    figure = Figure(figsize=size)
+    top = HEIGHT / 2 + 0.35 + ROOFS * max((n for edge, n in roofs.items() if places[edge.source][1] == 0), default=0)
+    foot = bottom - HEIGHT / 2 - 0.65
+    figure = Figure(figsize=(right + WIDTH + 0.6, top + (0.5 if title else 0.0) - foot))
     FigureCanvasAgg(figure)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_xlim(-WIDTH / 2 - 0.3, right + WIDTH / 2 + 0.3)
-    ax.set_ylim(bottom - HEIGHT / 2 - 0.2, size[1] + bottom - HEIGHT / 2 - 0.2)
+    ax.set_ylim(foot, top + (0.5 if title else 0.0))
     ax.axis("off")
-    deepest = max(levels.values(), default=0)
-    first_deepest = next((i for i, stage in enumerate(stages) if levels[stage] == deepest), 0)
-    for number, stage in enumerate(stages):
-        colour = BOTTOM if levels[stage] == deepest else ENCODER if number < first_deepest else DECODER
-        _draw_stage(ax, places[stage], _words(table, stage), colour)
-    _draw_stage(ax, places[_IMAGE], (_IMAGE, times((table.in_channels, *table.size)), ""), ENDS)
+    deepest = max((box.level for box in boxes.values()), default=0)
+    is_down = True
+    for name, box in boxes.items():
+        at_bottom = box.level == deepest and box.has_places
+        is_down = is_down and not at_bottom and box.has_places
+        _draw_stage(ax, places[name], _words(box), BOTTOM if at_bottom else ENCODER if is_down else DECODER)
+    _draw_stage(ax, places[IMAGE], (IMAGE, times((table.in_channels, *table.size)), ""), ENDS)
+    going_up = {edge.source for edge in edges if places[edge.target][1] > places[edge.source][1]}
+    highest: dict[str, Edge] = {}  # of the lines that reach a stage over others: it alone says what they do
+    for edge in sorted(edges, key=lambda edge: roofs[edge]):
+        highest[edge.target] = edge
     for edge in edges:
-        level = places[edge.source][1]
-        ends = sorted((places[edge.source][0], places[edge.target][0]))
-        over = any(y == level and ends[0] < x < ends[1] for x, y in places.values())
-        _draw_edge(ax, places[edge.source], places[edge.target], edge, over=over)
+        words = edge.skip or edge.step if not roofs[edge] or highest[edge.target] is edge else ""
+        apart = 0.3 if edge.skip and edge.source in going_up else 0.0
+        _draw_edge(ax, places[edge.source], places[edge.target], edge, words, roofs[edge], apart)
     if title:
-        ax.text(-WIDTH / 2, HEIGHT / 2 + 0.5, title, fontsize=13, weight="bold", va="bottom")
+        ax.text(-WIDTH / 2, top + 0.05, title, fontsize=13, weight="bold", va="bottom")
+    ax.text(-WIDTH / 2, foot + 0.18, LEGEND, fontsize=_SMALL, color=QUIET, va="bottom")
     return figure
 
 
-def _edges(table: LayerTable) -> list[_Edge]:
-    """The lines of the drawing; what the network itself merges between its stages is not a stage."""
-    layers, between = table.layers, _between(table)
+def _places(boxes: dict[str, Box]) -> dict[str, tuple[float, float]]:
+    """Centre of each stage: further right the later it can run, further down the coarser it is.
 
-    def makers(index: int) -> list[tuple[int, str]]:
-        """Layers that made a map, the last one first, and how each was merged into it."""
-        if index < 0 or layers[index].stage not in between:
-            return [(index, "")]
-        found = [maker for source in layers[index].sources for maker in makers(source)]
-        found = sorted(dict(found).items(), reverse=True)
-        name = _merge_name(layers[index])
-        return [found[0], *((maker, how or name) for maker, how in found[1:])]
-
-    edges: dict[tuple[str, str], _Edge] = {}
-    for layer in layers:
-        if layer.stage in between:
-            continue
-        for number, source in enumerate(layer.sources):
-            is_skip = layer.kind == "merge" and source != max(layer.sources)
-            for maker, how in makers(source):
-                stage = layers[maker].stage if maker >= 0 else _IMAGE
-                if stage == layer.stage:
-                    continue
-                name = how or (_merge_name(layer) if is_skip else "")
-                if is_skip and maker >= 0 and layers[maker].output[1:] != layer.inputs[number][1:]:
-                    name += f", cut to {times(layer.inputs[number][1:])}"
-                edges.setdefault((stage, layer.stage), _Edge(stage, layer.stage, name, "" if name else _step(layer)))
-    return list(edges.values())
+    Pathways of one resolution that run side by side would lie on each other: the later ones go down a level.
+    """
+    rows: dict[str, tuple[int, int]] = {IMAGE: (0, 0)}
+    for name, box in boxes.items():
+        row = box.level
+        while (box.column, row) in rows.values():
+            row += 1
+        rows[name] = (box.column, row)
+    x = [0.0]
+    taken = [{row for column, row in rows.values() if column == c} for c in range(1 + max(c for c, _ in rows.values()))]
+    for before, after in itertools.pairwise(taken):
+        x.append(x[-1] + (STEP_SAME if before & after else STEP_LEVEL))
+    return {name: (x[column], -LEVEL * row) for name, (column, row) in rows.items()}
 
 
-def _between(table: LayerTable) -> set[str]:
-    """What stands as a stage in the table, and is the network itself."""
-    return {
-        stage for stage in table.stages if any(other.startswith(f"{stage}.") or not stage for other in table.stages)
-    }
+def _blocking(places: dict[str, tuple[float, float]], edge: Edge) -> int:
+    """How many stages lie in the way of an edge to the right."""
+    (x0, y0), (x1, y1) = places[edge.source], places[edge.target]
+    return sum(y == y0 <= y1 and min(x0, x1) < x < max(x0, x1) for x, y in places.values())
 
 
-def _merge_name(layer: Layer) -> str:
-    return _MERGED_BY.get(layer.function, "add")
-
-
-def _step(layer: Layer) -> str:
-    """What changes the size, in words."""
-    if layer.window is None:
-        return "interpolation" if layer.kind == "interpolation" else ""
-    if max(layer.window.stride) == 1:
-        return ""
-    name = "up-conv" if layer.kind == "transposed convolution" else short_name(layer)
-    return f"{name} {times(layer.window.kernel)}, stride {times(layer.window.stride)}"
-
-
-def _levels(table: LayerTable, stages: list[str]) -> dict[str, int]:
-    """How often each stage has halved the image, rounded."""
-    levels = {}
-    for stage in stages:
-        shape = table.of_stage(stage)[-1].output[1:]
-        shrinking = [np.log2(max(1.0, n / max(m, 1))) for n, m in zip(table.size, shape, strict=False)]
-        levels[stage] = round(max(shrinking, default=0.0) - 0.2)  # a little smaller without padding
-    return levels
-
-
-def _places(stages: list[str], levels: dict[str, int]) -> dict[str, tuple[float, float]]:
-    """Centre of each stage: further right the later it runs, further down the coarser it is."""
-    places = {_IMAGE: (0.0, 0.0)}
-    x, before = 0.0, 0
-    for number, stage in enumerate(stages):
-        level = levels[stage]
-        x += STEP_SAME if level == before or not number else STEP_LEVEL
-        places[stage], before = (x, -LEVEL * level), level
-    return places
-
-
-def _words(table: LayerTable, stage: str) -> tuple[str, str, str]:
+def _words(box: Box) -> tuple[str, str, str]:
     """Three lines for a stage: its name, what it gives, what it does."""
-    layers = table.of_stage(stage)
     counts = Counter(
-        f"{short_name(layer)} {times(layer.window.kernel)}"
-        for layer in layers
-        if layer.window is not None and layer.kind == "convolution"
+        f"{short_name(layer)} {times(layer.window.kernel)}" if layer.window is not None else short_name(layer)
+        for layer in box.layers
+        if layer.kind in ("convolution", "product")
     )
     work = ", ".join(f"{number} × {what}" if number > 1 else what for what, number in counts.most_common(2))
-    return stage, times(layers[-1].output), work
+    return box.name, times(box.layers[-1].output), work
 
 
 def _draw_stage(ax: Axes, place: tuple[float, float], words: tuple[str, str, str], colour: str) -> None:
@@ -186,12 +127,20 @@ def _draw_stage(ax: Axes, place: tuple[float, float], words: tuple[str, str, str
         )
     )  # fmt: skip
     for line, height, size, weight in zip(
-        words, (0.24, 0, -0.25), (10, 10, 8.5), ("bold", "normal", "normal"), strict=True
+        words, (0.25, 0, -0.26), (_LARGE, _LARGE, _SMALL), ("bold", "normal", "normal"), strict=True
     ):
         ax.text(x, y + height, line, ha="center", va="center", fontsize=size, weight=weight)
 
 
-def _draw_edge(ax: Axes, source: tuple[float, float], target: tuple[float, float], edge: _Edge, *, over: bool) -> None:
+def _draw_edge(
+    ax: Axes,
+    source: tuple[float, float],
+    target: tuple[float, float],
+    edge: Edge,
+    words: str,
+    blocking: int,
+    apart: float,
+) -> None:
     """A line to the right where both lie at one level, else down into the left side or up into the bottom.
 
     Args:
@@ -199,31 +148,39 @@ def _draw_edge(ax: Axes, source: tuple[float, float], target: tuple[float, float
         source: centre of the stage that the line leaves.
         target: centre of the stage that it reaches.
         edge: what it is.
-        over: other stages lie between: the line goes over them.
+        words: what is written at it.
+        blocking: stages in its way: the line goes over them.
+        apart: inches from the middle of the side that it leaves, where another line leaves it too.
     """
     (x0, y0), (x1, y1) = source, target
-    colour, text = (SKIP, edge.skip) if edge.skip else (LINE, edge.step)
-    if y0 == y1 and over:
-        roof = y0 + HEIGHT / 2 + 0.22
+    colour = SKIP if edge.skip else LINE
+    roof = y0 + HEIGHT / 2 + ROOF + ROOFS * (blocking - 1)
+    if edge.skip and y0 < y1:
+        x1 -= 0.3  # the usual way up has the middle
+    if y0 == y1 and blocking:
+        x0, x1 = x0 + 0.3, x1 - 0.3
         points = [(x0, y0 + HEIGHT / 2), (x0, roof), (x1, roof), (x1, y1 + HEIGHT / 2)]
     elif y0 == y1:
-        points = [(x0 + WIDTH / 2, y0), (x1 - WIDTH / 2, y1)]
+        points = [(x0 + WIDTH / 2, y0 + apart), (x1 - WIDTH / 2, y1 + apart)]
     elif y1 < y0:
         points = [(x0, y0 - HEIGHT / 2), (x0, y1), (x1 - WIDTH / 2, y1)]
+    elif blocking:
+        points = [(x0 + 0.3, y0 + HEIGHT / 2), (x0 + 0.3, roof), (x1, roof), (x1, y1 - HEIGHT / 2)]
     else:
-        points = [(x0 + WIDTH / 2, y0), (x1, y0), (x1, y1 - HEIGHT / 2)]
+        points = [(x0 + WIDTH / 2, y0 + apart), (x1, y0 + apart), (x1, y1 - HEIGHT / 2)]
     dashes = "--" if edge.skip else "-"
     ax.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.3, zorder=0)
     head = {"arrowstyle": "-|>", "color": colour, "mutation_scale": 12, "shrinkA": 0, "shrinkB": 0}
     before, end = points[-2:]
-    near = tuple(e - 0.1 * np.sign(e - b) for b, e in zip(before, end, strict=True))
-    ax.annotate("", end, near, arrowprops=head, zorder=0)
-    what, _, cut = text.partition(", ")
+    start = tuple(e - 0.1 * np.sign(e - b) for b, e in zip(before, end, strict=True))
+    ax.annotate("", end, start, arrowprops=head, zorder=0)
+    what, _, cut = words.replace("global ", "global, ").partition(", ")  # in two lines, for the way is short
     if y0 == y1:
-        middle, height = (points[-2][0] + end[0]) / 2 if not over else (x0 + x1) / 2, max(y for _, y in points)
-        ax.text(middle, height + 0.05, what, ha="center", va="bottom", fontsize=9, color=colour)
-        ax.text(middle, height - 0.06, cut, ha="center", va="top", fontsize=8, color=colour)
+        middle, height = (x0 + x1) / 2, max(y for _, y in points)
+        ax.text(middle, height + 0.04, what, ha="center", va="bottom", fontsize=_MIDDLE, color=colour)
+        ax.text(middle, height - 0.06, cut, ha="center", va="top", fontsize=_SMALL, color=colour)
     else:
-        edge_of = y0 - HEIGHT / 2 - 0.14 if y1 < y0 else y1 - HEIGHT / 2 - (0.34 if edge.skip else 0.18)
+        height = y0 - HEIGHT / 2 - 0.14 if y1 < y0 else y1 - HEIGHT / 2 - 0.2
         x = x0 if y1 < y0 else x1
-        ax.text(x + 0.07, edge_of, text, ha="left", va="center", fontsize=8, color=colour)
+        x, side = (x - 0.07, "right") if edge.skip and y0 < y1 else (x + 0.07, "left")
+        ax.text(x, height, words, ha=side, va="center", fontsize=_SMALL, color=colour)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from medseg.explain.maps import middle, watching
+from medseg.explain.network import Network
 from medseg.explain.tracing import evaluating
-from medseg.models import SegmentationModel
 
 NEGLIGIBLE = 1 - 0.9545
 """Share of the strongest influence below which a voxel is not counted (Luo et al.: two standard deviations)."""
@@ -31,9 +31,7 @@ class EffectiveField:
     extent: tuple[int, ...]
 
 
-def effective_field(
-    model: SegmentationModel, images: Tensor, *, layers: Sequence[str] = ("",)
-) -> dict[str, EffectiveField]:
+def effective_field(model: Network, images: Tensor, *, layers: Sequence[str] = ("",)) -> dict[str, EffectiveField]:
     """Measure the influence of each voxel of the image on the middle of maps.
 
     The gradient that goes back is random over the channels of the map, so that none of them is left out. It is averaged

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from medseg.explain.maps import map_of, middle
+from medseg.explain.network import Network
 from medseg.explain.tracing import evaluating
-from medseg.models import SegmentationModel
 
 STEPS = 32
 STEP_SIZE = 0.1
@@ -37,7 +37,7 @@ class Excitation:
 
 
 def most_exciting(
-    model: SegmentationModel,
+    model: Network,
     layer: str,
     channels: Sequence[int],
     size: Sequence[int],

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from medseg.errors import Code, MedsegError
+from medseg.explain.network import Network, answer_size
 from medseg.explain.rules import Axes, Window
 from medseg.explain.tracing import Call, trace
-from medseg.models import SegmentationModel
 
 FILTERING = ("convolution", "transposed convolution")
 """Kinds of layers that share their weights between all places of a map."""
@@ -102,7 +101,7 @@ class LayerTable:
 
     Args:
         size: of the image, voxels along each axis.
-        output_size: of the result.
+        output_size: of the result; () of a classifier.
         in_channels: of the image.
         layers: without what does nothing (identities, drop-out while predicting).
         weights: all weights of the network; some may only be used while training (heads of deep supervision).
@@ -151,7 +150,7 @@ class LayerTable:
         }
 
 
-def layer_table(model: SegmentationModel, size: Sequence[int]) -> LayerTable:
+def layer_table(model: Network, size: Sequence[int]) -> LayerTable:
     """Count a network layer by layer; nothing is computed.
 
     Args:
@@ -161,13 +160,7 @@ def layer_table(model: SegmentationModel, size: Sequence[int]) -> LayerTable:
         MedsegError: E_MODEL if the size does not fit the model; names the nearest that do.
     """
     size = tuple(size)
-    if len(size) != model.spatial_dims or min(size) < 1:
-        raise MedsegError(
-            Code.MODEL,
-            "the size has another number of axes than the model",
-            expected=f"{model.spatial_dims} positive numbers",
-            got=size,
-        )
+    output_size = answer_size(model, size)
     stage_of = stages_of(model)
     seen: set[str] = set()
     layers = []
@@ -175,28 +168,39 @@ def layer_table(model: SegmentationModel, size: Sequence[int]) -> LayerTable:
         layers.append(_layer(call, stage_of(call.module), seen))
         seen.update(call.weights)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    return LayerTable(size, model.output_size(size), model.in_channels, tuple(layers), weights)
+    return LayerTable(size, output_size, model.in_channels, tuple(layers), weights)
 
 
 def stages_of(model: nn.Module) -> Callable[[str], str]:
     """Path of a module → path of the stage that it belongs to.
 
-    A stage is a child of the network, or of a list among its children: "encoder.0", "decoder.2", "heads.0". Wrappers
-    around a single child are passed through.
+    A stage is a child of the network, or of a list among its children, however deep: "encoder.0", "heads.0",
+    "nested.0.1", "backbone.stages.2". Wrappers around a single child are passed through.
     """
     root, prefix = model, ""
     while len(children := dict(root.named_children())) == 1:
         (name, root) = next(iter(children.items()))
         prefix += f"{name}."
+    found = {path for name, child in children.items() for path in _stages_in(child, prefix + name, is_top=True)}
 
     def stage_of(path: str) -> str:
-        parts = path.removeprefix(prefix).split(".") if path.startswith(prefix) else []
-        if not parts:
+        if not path.startswith(prefix):
             return prefix.rstrip(".")
-        depth = 2 if isinstance(children.get(parts[0]), (nn.ModuleList, nn.Sequential)) else 1
-        return prefix + ".".join(parts[:depth])
+        parts = path.split(".")
+        above = (".".join(parts[:number]) for number in range(len(parts), 0, -1))
+        return next((name for name in above if name in found), prefix.rstrip("."))
 
     return stage_of
+
+
+def _stages_in(module: nn.Module, path: str, *, is_top: bool = False) -> Iterator[str]:
+    children = dict(module.named_children())
+    is_list = isinstance(module, nn.ModuleList) or (is_top and isinstance(module, nn.Sequential))
+    if is_list or (is_top and [type(child) for child in children.values()] == [nn.ModuleList]):
+        for name, child in children.items():
+            yield from _stages_in(child, f"{path}.{name}")
+    else:
+        yield path
 
 
 def _layer(call: Call, stage: str, seen: Iterable[str]) -> Layer:

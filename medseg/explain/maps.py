@@ -14,8 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from medseg.errors import Code, MedsegError, nearest
 from medseg.explain.layers import FILTERING, LayerTable
+from medseg.explain.network import Network
 from medseg.explain.tracing import evaluating, map_shapes
-from medseg.models import SegmentationModel
+from medseg.models.classifiers import ClassificationModel
 
 
 def module_named(model: nn.Module, name: str) -> nn.Module:
@@ -81,7 +82,7 @@ class MapPlaces:
     coarsest: str
 
 
-def map_places(model: SegmentationModel, table: LayerTable) -> MapPlaces:
+def map_places(model: Network, table: LayerTable) -> MapPlaces:
     """Find the maps of a network, also of one whose receptive fields are not known (transformers).
 
     Args:
@@ -95,6 +96,8 @@ def map_places(model: SegmentationModel, table: LayerTable) -> MapPlaces:
     # The scores come from the last convolution, which an activation may follow
     ended = list(itertools.takewhile(lambda name: name not in last, shapes))
     before = [name for name in ended if name in with_maps] or ended
+    if isinstance(model, ClassificationModel):  # its head has no places any more
+        before = [name for name, module in model.named_modules() if module is model.last_maps]
     # Not the first layer, which in a transformer cuts the image into pieces
     placed = {
         layer.name for layer in table.layers[1:] if None not in layer.jump and layer.output == shapes.get(layer.name)
@@ -137,7 +140,7 @@ def map_of(model: nn.Module, images: Tensor, layer: str) -> Tensor:
 
 
 @torch.no_grad()
-def feature_maps(model: SegmentationModel, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+def feature_maps(model: Network, image: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
     """What layers say of an image: path → (K, *spatial).
 
     Args:
@@ -152,7 +155,7 @@ def feature_maps(model: SegmentationModel, image: Tensor, layers: Sequence[str])
     return {name: answer[0] for name, answer in maps.items()}
 
 
-def first_filters(model: SegmentationModel) -> tuple[str, Tensor]:
+def first_filters(model: Network) -> tuple[str, Tensor]:
     """The filters that look at the image itself: path of their convolution, and weights (K, C, *F).
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 
@@ -24,6 +24,8 @@ class Reach:
         lows: low(0), low(1), …
         highs: high(0), high(1), …
         advance: voxels of the image in one period.
+        whole: besides this interval it depends on the whole image, or on what is not known: of maps that were weighted
+            with their mean over the image, for example.
 
     Source:
         Araujo, Norris, Sim: Computing Receptive Fields of Convolutional Neural Networks, Distill 2019, equations for
@@ -33,10 +35,13 @@ class Reach:
     lows: tuple[int, ...] = (0,)
     highs: tuple[int, ...] = (0,)
     advance: int = 1
+    whole: bool = False
 
     @property
-    def size(self) -> int:
-        """Voxels of the image that a voxel of the map depends on, at most."""
+    def size(self) -> int | None:
+        """Voxels of the image that a voxel of the map depends on, at most; None: on all of them, or not known."""
+        if self.whole:
+            return None
         return max(high - low + 1 for low, high in zip(self.lows, self.highs, strict=True))
 
     @property
@@ -109,7 +114,12 @@ class Reach:
             tuple(min(self.low(o), other.low(o)) for o in places),
             tuple(max(self.high(o), other.high(o)) for o in places),
             int(period * self.jump),
+            self.whole or other.whole,
         )
+
+    def everywhere(self) -> Reach:
+        """The same grid of voxels, each of which depends on the whole image too."""
+        return replace(self, whole=True)
 
     def _of(self, period: int, steps: int, window: Callable[[int], tuple[int, int]]) -> Reach:
         """The reach of a map whose voxel o depends on an interval of this map's voxels.
@@ -121,4 +131,5 @@ class Reach:
         """
         windows = [window(o) for o in range(period)]
         advance = int(steps * self.jump)
-        return Reach(tuple(self.low(a) for a, _ in windows), tuple(self.high(b) for _, b in windows), advance)
+        lows, highs = (tuple(self.low(a) for a, _ in windows), tuple(self.high(b) for _, b in windows))
+        return Reach(lows, highs, advance, self.whole)

@@ -1,6 +1,8 @@
-"""Why a network sees a class where it does: gradient, occlusion and Grad-CAM, for segmentation.
+"""Why a network sees a class where it does: gradient, occlusion and Grad-CAM, for segmentation and classification.
 
-What is explained is one number: the mean score (logit) of a class over the voxels that the network gives to it.
+What is explained is one number: the mean score (logit) of a class over the voxels that the network gives to it. The
+scores of a classifier stand for the whole image: they are taken as a map of one place (`network.scores_of`), and the
+voxels to explain are `torch.ones(1, dtype=torch.bool)`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from torch.nn import functional as F
 
 from medseg.errors import Code, MedsegError
 from medseg.explain.maps import watching
+from medseg.explain.network import Network, scores_of
 from medseg.explain.tracing import evaluating
-from medseg.models import SegmentationModel
 
 
 def answered(logits: Tensor, output: int, *, overlapping: bool = False) -> Tensor:
@@ -31,7 +33,7 @@ def answered(logits: Tensor, output: int, *, overlapping: bool = False) -> Tenso
     return logits[output] > 0 if overlapping else logits.argmax(dim=0) == output
 
 
-def gradient_saliency(model: SegmentationModel, image: Tensor, output: int, voxels: Tensor) -> Tensor:
+def gradient_saliency(model: Network, image: Tensor, output: int, voxels: Tensor) -> Tensor:
     """How much the class's score changes with each voxel of the image: the largest size of the gradient over channels.
 
     Args:
@@ -49,14 +51,14 @@ def gradient_saliency(model: SegmentationModel, image: Tensor, output: int, voxe
     """
     with evaluating(model), torch.enable_grad():
         source = image[None].clone().requires_grad_()
-        score = _score(_logits(model, source), output, voxels).sum()
+        score = _score(scores_of(model, source), output, voxels).sum()
         (gradient,) = torch.autograd.grad(score, source)
     return gradient[0].abs().amax(dim=0)
 
 
 @torch.no_grad()
 def occlusion_saliency(
-    model: SegmentationModel,
+    model: Network,
     image: Tensor,
     output: int,
     voxels: Tensor,
@@ -97,7 +99,7 @@ def occlusion_saliency(
     cover = image.flatten(1).mean(dim=1) if fill is None else image.new_full((len(image),), fill)
     total, count = torch.zeros(shape, device=image.device), torch.zeros(shape, device=image.device)
     with evaluating(model):
-        before = _score(_logits(model, image[None]), output, voxels)
+        before = _score(scores_of(model, image[None]), output, voxels)
         for begin in range(0, len(starts), batch_size):
             boxes = [
                 tuple(slice(a, a + w) for a, w in zip(start, window, strict=True))
@@ -106,7 +108,7 @@ def occlusion_saliency(
             covered = image.expand(len(boxes), *image.shape).clone()
             for one, box in zip(covered, boxes, strict=True):
                 one[(slice(None), *box)] = cover.view(-1, *[1] * len(shape))
-            falls = before - _score(_logits(model, covered), output, voxels)
+            falls = before - _score(scores_of(model, covered), output, voxels)
             for fall, box in zip(falls, boxes, strict=True):
                 total[box] += fall
                 count[box] += 1
@@ -115,7 +117,7 @@ def occlusion_saliency(
     return torch.where(count > 0, total / count, torch.nan)
 
 
-def grad_cam(model: SegmentationModel, image: Tensor, output: int, voxels: Tensor, layer: str) -> Tensor:
+def grad_cam(model: Network, image: Tensor, output: int, voxels: Tensor, layer: str) -> Tensor:
     """Where the maps of a layer speak for the class: their sum, weighted with the mean of the score's gradient.
 
     Instance normalisation takes the mean out of the gradient, so that in networks with it the weights of deeper layers
@@ -140,19 +142,13 @@ def grad_cam(model: SegmentationModel, image: Tensor, output: int, voxels: Tenso
     with evaluating(model), torch.enable_grad():
         source = image[None].clone().requires_grad_()  # so that layers without weights have a gradient too
         with watching(model, (layer,)) as maps:
-            logits = _logits(model, source)
+            logits = scores_of(model, source)
         score = _score(logits, output, voxels).sum()
         (gradient,) = torch.autograd.grad(score, maps[layer])
     weights = gradient.mean(dim=tuple(range(2, gradient.dim())), keepdim=True)
     cam = (weights * maps[layer].detach()).sum(dim=1, keepdim=True).relu()
     mode = "bilinear" if image.dim() == 3 else "trilinear"
     return F.interpolate(cam, size=image.shape[1:], mode=mode)[0, 0]
-
-
-def _logits(model: SegmentationModel, images: Tensor) -> Tensor:
-    """Scores (N, K, *spatial): in eval mode a model returns one map."""
-    logits = model(images)
-    return logits if isinstance(logits, Tensor) else logits[0]
 
 
 def _score(logits: Tensor, output: int, voxels: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -89,8 +90,11 @@ def short_name(layer: Layer) -> str:
         return "conv"
     if layer.kind == "transposed convolution":
         return "transposed conv"
-    if layer.kind == "pooling":
-        return layer.function.partition("_")[0] + " pool"
+    if layer.kind in ("pooling", "unpooling"):
+        what = layer.function.removeprefix("adaptive_").partition("_")[0].replace("avg", "mean").removeprefix("a")
+        return f"{'global ' if math.prod(layer.output[1:]) <= 1 else ''}{what} {layer.kind.removesuffix('ing')}"
+    if layer.function == "linear" and len(layer.inputs[0]) == 1:
+        return "fully connected"
     return _NAMES.get(layer.function, layer.function.replace("_", " "))
 
 

@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from medseg.explain.network import Network, answer_size
 from medseg.explain.reach import Reach
 from medseg.explain.rules import (
     ACTIVATIONS,
+    ADAPTIVE_POOLS,
     CONVOLUTIONS,
     MERGES,
     NORMALISATIONS,
     POOLS,
     PRODUCTS,
+    REDUCTIONS,
     TRANSPOSED,
+    UNPOOLS,
     Axes,
     Reaches,
     Window,
@@ -33,16 +37,16 @@ from medseg.explain.rules import (
     reaches_after,
     window_of,
 )
-from medseg.models import SegmentationModel
 
 KINDS: dict[str, frozenset[str]] = {
     "convolution": CONVOLUTIONS,
     "transposed convolution": TRANSPOSED,
-    "pooling": POOLS,
+    "pooling": POOLS | ADAPTIVE_POOLS,
+    "unpooling": UNPOOLS,
     "normalisation": NORMALISATIONS,
     "activation": ACTIVATIONS,
     "product": PRODUCTS,
-    "interpolation": frozenset({"interpolate"}),
+    "interpolation": frozenset({"interpolate", "repeat_interleave"}),
     "merge": MERGES,
 }
 """What counts as a layer, and the functions that are it."""
@@ -81,7 +85,7 @@ class Call:
     sources: Axes
 
 
-def trace(model: SegmentationModel, size: Sequence[int]) -> list[Call]:
+def trace(model: Network, size: Sequence[int]) -> list[Call]:
     """The layers that predict one image, in the order in which they run.
 
     Args:
@@ -99,7 +103,7 @@ def trace(model: SegmentationModel, size: Sequence[int]) -> list[Call]:
     return tracer.calls
 
 
-def map_shapes(model: SegmentationModel, size: Sequence[int]) -> dict[str, Axes]:
+def map_shapes(model: Network, size: Sequence[int]) -> dict[str, Axes]:
     """The modules that answer with one map over the image's axes, as `watching` can keep it.
 
     Args:
@@ -131,9 +135,9 @@ def map_shapes(model: SegmentationModel, size: Sequence[int]) -> dict[str, Axes]
     return shapes
 
 
-def _stand_ins(model: SegmentationModel, size: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+def _stand_ins(model: Network, size: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
     """What a network holds, by name, and an image (1, C, *size), both without numbers in them."""
-    model.output_size(tuple(size))
+    answer_size(model, size)
     held = itertools.chain(model.named_parameters(), model.named_buffers())
     tensors = {name: tensor.detach().to("meta") for name, tensor in held}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
@@ -156,6 +160,7 @@ class _Tracer(TorchFunctionMode):
         self._weights = {id(tensor): name for name, tensor in weights.items()}
         self._reaches: dict[int, Reaches] = {id(image): (Reach(),) * (image.dim() - 2)}
         self._makers: dict[int, int] = {id(image): -1}
+        self._stacked: dict[int, tuple[tuple[Axes, ...], Axes]] = {}  # maps put on each other: shapes and makers
         self._alive: list[Tensor] = [image]  # an id is that of one tensor only while the tensor lives
 
     def __torch_function__(
@@ -177,7 +182,13 @@ class _Tracer(TorchFunctionMode):
         kind = next((kind for kind, names in KINDS.items() if name in names), None)
         if kind == "merge" and len({id(t) for t in inputs}) < 2:
             kind = None  # a number added to a map
+        if name in REDUCTIONS and known[0][0].dim() > len(known[0][1]) and None not in known[0][1]:
+            kind = "pooling" if None in reaches_after(name, args, kwargs, known, outputs[0]) else None
         sources = tuple(self._makers[id(t)] for t in inputs)
+        if name == "stack":
+            self._stacked[id(outputs[0])] = shapes, sources
+        if name in REDUCTIONS and outputs[0].shape[1:] == inputs[0].shape[2:] and id(inputs[0]) in self._stacked:
+            kind, (shapes, sources) = "merge", self._stacked[id(inputs[0])]  # the mean of several maps
         for output in outputs:
             self._reaches[id(output)] = reaches_after(name, args, kwargs, known, output)
             self._makers[id(output)] = len(self.calls) if kind is not None else max(sources)

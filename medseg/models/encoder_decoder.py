@@ -1,7 +1,7 @@
 """The shape that U-Net and its relatives share: an encoder, a decoder, and skips between them.
 
     encoder stage  x → block(down(x))
-    decoder stage  x, s → block(skip(up(x), s))
+    decoder stage  x, s → block(skip(up(x), gate(s, x)))
 
 Architectures differ by the parts that they name (`Parts`). Encoder stages are numbered from the highest resolution
 (0) down; the decoder's stages stand in the order in which they run, from the lowest resolution up.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from medseg.errors import Code, MedsegError
 from medseg.models.blocks.block import Block
 from medseg.models.blocks.convolution import ConvolutionStyle
+from medseg.models.blocks.gate import Gate, NoGate
 from medseg.models.blocks.head import SegmentationHead
 from medseg.models.blocks.initialisation import initialise
 from medseg.models.blocks.normalisation import Normalisation
@@ -53,17 +54,18 @@ class EncoderStage(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """One resolution on the way up: block(skip(up(x), s))."""
+    """One resolution on the way up: block(skip(up(x), gate(s, x)))."""
 
-    def __init__(self, up: Block, skip: SkipBlock, block: Block) -> None:
+    def __init__(self, up: Block, skip: SkipBlock, block: Block, gate: Gate | None = None) -> None:
         super().__init__()
         self.up = up
+        self.gate = gate or NoGate()
         self.skip = skip
         self.block = block
 
     def forward(self, x: Tensor, across: Tensor) -> Tensor:
         """From the maps of the stage below, and those that come across, to those of this stage."""
-        result: Tensor = self.block(self.skip(self.up(x), across))
+        result: Tensor = self.block(self.skip(self.up(x), self.gate(across, x)))
         return result
 
     def output_length(self, length: int, axis: int) -> int:
@@ -79,16 +81,20 @@ class Parts:
     """What all convolutions have in common; decides the initial weights."""
     up_style: ConvolutionStyle
     """The same for the convolutions of the steps up."""
-    down: Down
-    """The steps down."""
-    up: Up
-    """The steps up."""
+    down: Down | Callable[[int, int], DownBlock]
+    """The steps down, or what makes one of (channels of the stage above, number of the stage)."""
+    up: Up | Callable[[int, int], Block]
+    """The steps up, or what makes one of (channels of the stage below, number of the stage)."""
     skip: Skip
     """How what comes up is merged with what comes across."""
     encoder_block: Callable[[DownBlock, int], Block]
     """(the step down that it follows, number of the stage) → the block of an encoder stage."""
     decoder_block: Callable[[int, int], Block]
     """(channels of the merged maps, number of the stage) → the block of a decoder stage."""
+    gate: Callable[[int, int, int], Gate] | None = None
+    """(channels of the stage below, channels across, number of the stage) → what the maps that come across pass."""
+    across: Callable[[int, int], int] = lambda channels, stage: channels
+    """(channels of an encoder stage, its number) → channels that come across from it."""
 
 
 class EncoderDecoder(SegmentationModel):
@@ -126,21 +132,40 @@ class EncoderDecoder(SegmentationModel):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Class scores; see `SegmentationModel.forward`."""
+        across = self.encoded(x)
+        maps = self.decoded(across.pop(), across)
+        if not (self.training and self.deep_supervision):
+            logits: Tensor = self.heads[0](maps[-1])
+            return logits
+        return [head(m) for head, m in zip(self.heads, reversed(maps), strict=False)]
+
+    def encoded(self, x: Tensor) -> list[Tensor]:
+        """The maps of all stages of the encoder, highest resolution first.
+
+        Raises:
+            MedsegError: E_MODEL if the size of the image does not fit.
+        """
         if not torch.compiler.is_compiling():
             self.output_size(tuple(x.shape[2:]))
-        across = []
+        maps = []
         for stage in self.encoder:
             x = stage(x)
-            across.append(x)
-        across.pop()
+            maps.append(x)
+        return maps
+
+    def decoded(self, x: Tensor, across: list[Tensor]) -> list[Tensor]:
+        """The maps of all stages of the decoder, lowest resolution first.
+
+        Args:
+            x: maps of the lowest stage of the encoder.
+            across: what comes across to each stage, highest resolution first; emptied, so that none is held longer
+                than it is needed.
+        """
         maps = []
         for stage in self.decoder:
             x = stage(x, across.pop())
             maps.append(x)
-        if not (self.training and self.deep_supervision):
-            logits: Tensor = self.heads[0](x)
-            return logits
-        return [head(m) for head, m in zip(self.heads, reversed(maps), strict=False)]
+        return maps
 
     @property
     def divisor(self) -> tuple[int, ...]:
@@ -216,7 +241,11 @@ def _make_encoder(parts: Parts, stages: Sequence[Stage], in_channels: int) -> li
     for i, stage in enumerate(stages):
         if i > 0:
             channels = encoder[-1].block.out_channels
-            down = make_down(parts.down, channels, stage.width, parts.style, kernel=stage.kernel, stride=stage.stride)
+            if callable(parts.down):
+                down = parts.down(channels, i)
+            else:
+                style = parts.style
+                down = make_down(parts.down, channels, stage.width, style, kernel=stage.kernel, stride=stage.stride)
         encoder.append(EncoderStage(down, parts.encoder_block(down, i)))
     return encoder
 
@@ -227,8 +256,14 @@ def _make_decoder(parts: Parts, stages: Sequence[Stage], encoder: list[EncoderSt
     channels = encoder[-1].block.out_channels
     for i in reversed(range(len(stages) - 1)):
         below, stage = stages[i + 1], stages[i]
-        up = make_up(parts.up, channels, stage.width, parts.up_style, kernel=below.kernel, stride=below.stride)
-        skip = make_skip(parts.skip, up.out_channels, encoder[i].block.out_channels, stage=i)
-        decoder.append(DecoderStage(up, skip, parts.decoder_block(skip.out_channels, i)))
+        if callable(parts.up):
+            up = parts.up(channels, i)
+        else:
+            style = parts.up_style
+            up = make_up(parts.up, channels, stage.width, style, kernel=below.kernel, stride=below.stride)
+        across = parts.across(encoder[i].block.out_channels, i)
+        skip = make_skip(parts.skip, up.out_channels, across, stage=i)
+        gate = parts.gate(channels, across, i) if parts.gate else None
+        decoder.append(DecoderStage(up, skip, parts.decoder_block(skip.out_channels, i), gate))
         channels = decoder[-1].block.out_channels
     return decoder

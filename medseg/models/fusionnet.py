@@ -46,7 +46,7 @@ class FusionNetConfig:
     up: Up = "transposed_padded"
     """Up-sampling: transposed, transposed_padded, interpolation, interpolation_convolution."""
     skip: Skip = "add"
-    """How what comes up is merged with what comes across: add, concat."""
+    """How what comes up is merged with what comes across: add, concat, none (the bottleneck alone tells)."""
     deep_supervision: bool = False
     """While training, return the scores of the coarser decoder stages as well, the lowest excepted."""
 

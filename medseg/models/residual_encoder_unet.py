@@ -13,7 +13,7 @@ from medseg.models.blocks.pool import DownBlock, NoDown
 from medseg.models.blocks.residual import ResidualBlock
 from medseg.models.contract import MODELS
 from medseg.models.encoder_decoder import EncoderDecoder, Parts
-from medseg.models.stages import MAX_IN_A_ROW, check_stages, resolve_stages
+from medseg.models.stages import MAX_IN_A_ROW, check_stages, per_stage, resolve_stages
 
 BLOCKS = (1, 3, 4, 6)
 """Residual blocks of the first stages where nothing says otherwise; further stages have as many as the last."""
@@ -94,7 +94,7 @@ class ResidualEncoderUNet(EncoderDecoder):
             negative_slope=config.negative_slope,
         )
         stages = resolve_stages(config.widths, config.kernels, config.strides, spatial_dims)
-        num_blocks = _blocks_per_stage(config.num_blocks, len(stages))
+        num_blocks = per_stage(config.num_blocks, BLOCKS, len(stages), where="model.num_blocks")
 
         def encoder_block(down: DownBlock, i: int) -> Block:
             stage = stages[i]
@@ -123,22 +123,3 @@ class ResidualEncoderUNet(EncoderDecoder):
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 module.start_as_shortcut()
-
-
-def _blocks_per_stage(num_blocks: tuple[int, ...] | None, num_stages: int) -> tuple[int, ...]:
-    """How many residual blocks each stage of the encoder has.
-
-    Raises:
-        MedsegError: E_CONFIG if a list has another length.
-    """
-    if num_blocks is None:
-        return tuple(BLOCKS[min(i, len(BLOCKS) - 1)] for i in range(num_stages))
-    if len(num_blocks) != num_stages:
-        raise MedsegError(
-            Code.CONFIG,
-            "the encoder needs one number of residual blocks per stage",
-            where="model.num_blocks",
-            expected=f"{num_stages} numbers",
-            got=num_blocks,
-        )
-    return num_blocks

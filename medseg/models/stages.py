@@ -103,3 +103,30 @@ def resolve_stages(
                 got=stage.kernel,
             )
     return stages
+
+
+def per_stage(
+    numbers: tuple[int, ...] | None, usual: tuple[int, ...], num_stages: int, *, where: str, at_least: int = 1
+) -> tuple[int, ...]:
+    """How many convolutions or blocks each stage has, highest resolution first.
+
+    Args:
+        numbers: one for each stage; None takes the usual.
+        usual: those of the first stages; further ones have as many as the last.
+        num_stages: stages there are.
+        where: the key that states the numbers, for the message.
+        at_least: the smallest number allowed.
+    Raises:
+        MedsegError: E_CONFIG if a list has another length, or a number is out of bounds.
+    """
+    if numbers is None:
+        return tuple(usual[min(i, len(usual) - 1)] for i in range(num_stages))
+    if len(numbers) != num_stages or min(numbers) < at_least or max(numbers) > MAX_IN_A_ROW:
+        raise MedsegError(
+            Code.CONFIG,
+            f"{where} needs one number for each stage",
+            where=where,
+            expected=f"{num_stages} numbers from {at_least} to {MAX_IN_A_ROW}",
+            got=numbers,
+        )
+    return numbers

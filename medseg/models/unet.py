@@ -8,7 +8,7 @@ from typing import Literal
 from medseg.errors import Code, MedsegError
 from medseg.models.blocks.activation import Activation
 from medseg.models.blocks.block import Block, Stack
-from medseg.models.blocks.convolution import ConvolutionBlock, ConvolutionStyle
+from medseg.models.blocks.convolution import ConvolutionStyle, convolutions
 from medseg.models.blocks.dropout import Dropout
 from medseg.models.blocks.normalisation import Normalisation
 from medseg.models.blocks.pool import DownBlock
@@ -16,7 +16,7 @@ from medseg.models.blocks.resample import Down, Up
 from medseg.models.blocks.skip import Skip
 from medseg.models.contract import MODELS
 from medseg.models.encoder_decoder import EncoderDecoder, Parts
-from medseg.models.stages import MAX_IN_A_ROW, Stage, check_stages, resolve_stages
+from medseg.models.stages import MAX_IN_A_ROW, check_stages, resolve_stages
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class UNetConfig:
     up: Up = "transposed"
     """Up-sampling: transposed, transposed_padded, interpolation, interpolation_convolution."""
     skip: Skip = "concat"
-    """How what comes up is merged with what comes across: concat, add."""
+    """How what comes up is merged with what comes across: concat, add, none (the bottleneck alone tells)."""
     dropout: float | tuple[float, ...] = 0.0
     """Probability of dropping a number at the end of an encoder stage: for all stages, or one per stage."""
     deep_supervision: bool = True
@@ -117,11 +117,11 @@ class UNet(EncoderDecoder):
 
         def encoder_block(down: DownBlock, i: int) -> Block:
             num_convolutions = config.num_convolutions - down.num_convolutions
-            convolutions = _convolutions(num_convolutions, down.out_channels, stages[i], style)
-            return Stack((convolutions, Dropout(convolutions.out_channels, dropout[i])), convolutions.out_channels)
+            row = convolutions(num_convolutions, down.out_channels, stages[i].width, style, kernel=stages[i].kernel)
+            return Stack((row, Dropout(row.out_channels, dropout[i])), row.out_channels)
 
         def decoder_block(channels: int, i: int) -> Block:
-            return _convolutions(config.num_convolutions, channels, stages[i], style)
+            return convolutions(config.num_convolutions, channels, stages[i].width, style, kernel=stages[i].kernel)
 
         parts = Parts(style, style.plain(), config.down, config.up, config.skip, encoder_block, decoder_block)
         super().__init__(
@@ -131,11 +131,6 @@ class UNet(EncoderDecoder):
             num_classes=num_classes,
             deep_supervision=config.deep_supervision,
         )
-
-
-def _convolutions(number: int, in_channels: int, stage: Stage, style: ConvolutionStyle) -> Block:
-    channels = (stage.width if index else in_channels for index in range(number))
-    return Stack((ConvolutionBlock(c, stage.width, style, kernel=stage.kernel) for c in channels), in_channels)
 
 
 def _dropout_per_stage(dropout: float | tuple[float, ...], num_stages: int) -> tuple[float, ...]:

@@ -110,9 +110,14 @@ class Remote(Exchange):
 
     def __enter__(self) -> Self:
         _sweep()
-        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX))  # readable for its owner alone
-        self._lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))  # readable for its owner alone
+        try:
+            self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:
+            folder.rmdir()
+            raise
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._folder = folder
         return self
 
     def __exit__(

@@ -296,11 +296,14 @@ class StorageSink:
             self.store.put(path, name)
 
     def end(self, folder: Path) -> None:
-        """Upload the manifest and the tables of the output folder.
+        """Upload the manifest and the tables of the output folder; without a manifest nothing was delivered, and a
+        table alone would keep the same command from going on.
 
         Raises:
             MedsegError: E_ARCHIVE.
         """
+        if not (folder / MANIFEST_FILE).is_file():
+            return
         for name in TABLES:
             if (folder / name).is_file():
                 self.store.put(folder / name, name)

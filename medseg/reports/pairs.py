@@ -103,7 +103,7 @@ def labels_of(
         MedsegError: E_LABEL or E_CONFIG if the file cannot be understood, or there are no classes or too many.
     """
     for place in (predicted, reference):
-        declared = _declared(place)
+        declared = declared_labels(place)
         if declared is not None:
             return declared
     if instances:
@@ -194,7 +194,7 @@ def _describe(grid: Grid) -> str:
     return f"shape {grid.shape}, spacing {spacing} mm, orientation {grid.orientation}"
 
 
-def _declared(place: Path) -> Labels | None:
+def declared_labels(place: Path) -> Labels | None:
     """The classes of a table beside label files, or of the dataset.json in their folder or the one above it, where
     nnU-Net has it."""
     is_folder = place.is_dir()

@@ -46,7 +46,7 @@ def write_card(
     """
     found = read_survey((survey or run) / SURVEY_FILE)
     fits = [
-        Fit(name, split, counters.step, counters.minutes, counters.best_dice, counters.best_step)
+        Fit(name, split, counters.step, counters.minutes, counters.best_score, counters.best_step)
         for name, split, counters in trainings
     ]
     num_weights = sum(p.numel() for p in info.build_model().parameters())

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -15,33 +15,21 @@ from medseg.data.augment import AugmentConfig
 from medseg.data.memory import available_bytes
 from medseg.data.plan import PlanConfig
 from medseg.data.splits import SplitConfig, num_folds, refuse_fold
-from medseg.device import Determinism
 from medseg.environment import usable_cores
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading
 from medseg.formats.atomic import whole_file
+from medseg.training.trainer import TrainerConfig
 
 CONFIG_FILE = "config.yaml"
 """The configuration of a run, in its folder, without places on this machine."""
 PLACES_FILE = "places.yaml"
 """Beside it, for its owner's eyes only: the places, whose names may tell who a patient is. Resuming needs them; a model
 that is handed on does not."""
-PLACES = (
-    ("data", "root"),
-    ("data", "manifest"),
-    ("data", "store"),
-    ("data", "split", "file"),
-    ("trainer", "initial"),
-    ("plan",),
-    ("resume",),
-)
-"""The keys that hold paths."""
 MAX_THREADS = 8
 """Most cases that are prepared at a time unless told: beyond, they wait for memory and for the disk."""
 BYTES_OF_A_CASE = 2 * 2**30
 """What a case is taken to hold while it is prepared: a CT of 512×512×500 voxels with its label, before and after."""
-DEFAULT_MAX_STEPS = 20_000
-"""Steps of a training that states no budget at all."""
 
 
 @dataclass(frozen=True)
@@ -118,21 +106,11 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
+class SegmentationTrainerConfig(TrainerConfig):
     """The loop."""
 
-    max_steps: int | None = None
-    """Optimizer steps; null with no time budget means 20000."""
-    max_minutes: float | None = None
-    """Time budget of the loop with its validations, in minutes; the schedule then runs over time. Whichever of both
-    ends first counts."""
-    num_validations: int = 10
-    """Validations on whole volumes, evenly spread over the training; the last one is at its end. Under a time budget
-    there are fewer where they would take more than a fifth of it."""
-    patience: int | None = None
-    """Stop early after this many validations in a row without a better Dice on whole volumes; null never stops early.
-    The weights of the best validation are kept either way. A validation Dice that falls while the training loss still
-    does may want more variation: augment=strong."""
+    positive: ClassVar[tuple[str, ...]] = (*TrainerConfig.positive, "overfit_cases")
+
     foreground_share: float = 0.33
     """Share of a batch that is centred on foreground."""
     even_classes: bool = False
@@ -141,35 +119,6 @@ class TrainerConfig:
     initial: str | None = None
     """Begin with the weights of this run (trained, or converted from nnU-Net): fine-tuning. Its network is taken over,
     and its plan where no key of data.plan says otherwise; heads for other classes begin anew."""
-    ema: float | None = 0.999
-    """Predict with an exponential moving average of the weights: the share of it that remains at each step, shorter
-    at the beginning; null predicts with the weights of the last step."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the network; auto: in long trainings on CUDA."""
-    gradient_clip: float = 12.0
-    """Largest norm of the gradient."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …"""
-    devices: int = 1
-    """Processes of this machine that train together, each on a GPU of its own where there are GPUs; they share
-    the plan's batch, so the result is that of one process. torchrun starts them on several machines."""
-    accumulate: int = 1
-    """Parts that a batch is computed in one after the other, for batches that do not fit into the memory at once; their
-    gradients are added up. A Dice over the batch is then one over each part."""
-    precision: str = "auto"
-    """auto (bf16 where the processor has it), bf16, fp16 or fp32."""
-    on_nan_loss: Literal["stop", "skip"] = "stop"
-    """What a training loss that is not finite does: end the run, or leave that step out and go on (20 in a row end it).
-    Skipping makes a GPU wait at each step. Such weights are never saved either way."""
-    deterministic: Determinism = "off"
-    """Whether the same seed gives the same weights, bit for bit, on a GPU too: strict takes deterministic algorithms
-    and refuses operations that have none, and time budgets; warn goes on with a warning; off is the fastest. CPUs need
-    none of it (docs/reproducibility.md)."""
-    save_minutes: float = 5.0
-    """The latest checkpoint is written at least this often, and before and after each validation; also when the process
-    gets SIGUSR1, and when SIGTERM or Ctrl-C end it. The one before it is kept, should it be damaged."""
-    log_steps: int = 10
-    """Steps between entries of the training loss."""
     overlay_cases: int = 3
     """Validation cases whose overlays are drawn for TensorBoard at each validation."""
     map_cases: int = 1
@@ -192,31 +141,7 @@ class TrainerConfig:
     foreground or of a class (the run's postprocessing.md says why)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_steps",
-            "max_minutes",
-            "num_validations",
-            "patience",
-            "devices",
-            "accumulate",
-            "log_steps",
-            "overfit_cases",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise MedsegError(Code.CONFIG, "must be positive", where=f"trainer.{name}", got=value)
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise MedsegError(
-                Code.CONFIG, "a decay lies between 0 and 1", where="trainer.ema", expected="such as 0.999", got=self.ema
-            )
-        if self.deterministic == "strict" and self.max_minutes is not None:
-            raise MedsegError(
-                Code.CONFIG,
-                "a training by the clock is never the same twice",
-                where="trainer.deterministic=strict",
-                got=f"trainer.max_minutes={self.max_minutes:g}",
-                remedy="set trainer.max_steps instead",
-            )
+        super().__post_init__()
         for name in ("overlay_cases", "map_cases", "embedding_cases"):
             if getattr(self, name) < 0:
                 raise MedsegError(Code.CONFIG, "must be at least 0", where=f"trainer.{name}", got=getattr(self, name))
@@ -225,23 +150,29 @@ class TrainerConfig:
                 Code.CONFIG, "a share lies between 0 and 1", where="trainer.foreground_share", got=self.foreground_share
             )
 
-    @property
-    def steps(self) -> float:
-        """Budget in steps; infinite where only time bounds it."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return DEFAULT_MAX_STEPS if self.max_minutes is None else float("inf")
 
-    @property
-    def minutes(self) -> float:
-        """Budget in minutes; infinite where only steps bound it."""
-        return float("inf") if self.max_minutes is None else self.max_minutes
+class Stated:
+    """The dataclass of everything that states a run of a task."""
+
+    places: ClassVar[tuple[tuple[str, ...], ...]]
+    """The keys that hold paths."""
+    resume: str | None
+    """Folder of a run to go on with."""
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Stated):
     """A training run. `model`, `loss`, `optimizer` and `schedule` are built by name from their registries."""
 
+    places: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("data", "root"),
+        ("data", "manifest"),
+        ("data", "store"),
+        ("data", "split", "file"),
+        ("trainer", "initial"),
+        ("plan",),
+        ("resume",),
+    )
     data: DataConfig
     """Where the cases are and how they are seen."""
     model: Mapping[str, Any]
@@ -254,8 +185,10 @@ class Experiment:
     """name and settings of the learning-rate schedule."""
     augment: AugmentConfig
     """What is varied in training patches."""
-    trainer: TrainerConfig
+    trainer: SegmentationTrainerConfig
     """The loop."""
+    task: Literal["segmentation"] = "segmentation"
+    """What is learnt."""
     plan: str | None = None
     """A plan.yaml that medseg plan or an earlier run wrote, perhaps edited, or its folder; null plans from the data.
     Keys of data.plan win over it."""
@@ -331,7 +264,7 @@ def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Plain.add_representer(str, _quoted)
 
 
-def write_config(experiment: Experiment, run: Path) -> None:
+def write_config(experiment: Stated, run: Path) -> None:
     """Write the configuration of a run into its folder: `CONFIG_FILE`, and `PLACES_FILE` for its owner alone.
 
     Raises:
@@ -345,11 +278,11 @@ def write_config(experiment: Experiment, run: Path) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def without_places(experiment: Experiment) -> tuple[dict[str, Any], dict[str, str]]:
-    """The configuration as plain values with null for each of `PLACES`; and these, by their keys with dots."""
-    values: dict[str, Any] = _plain(dataclasses.asdict(experiment))
+def without_places(experiment: Stated) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration as plain values with null for each of its `places`; and these, by their keys with dots."""
+    values: dict[str, Any] = _plain(dataclasses.asdict(experiment))  # type: ignore[call-overload]
     places: dict[str, str] = {}
-    for *groups, last in PLACES:
+    for *groups, last in experiment.places:
         group = values
         for name in groups:
             group = group[name]

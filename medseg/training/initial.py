@@ -1,4 +1,4 @@
-"""Fine-tuning: begin with the weights of another run, and see the data as that run did."""
+"""Fine-tuning: begin with the weights of another run, trained or pretrained, and see the data as that run did."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from medseg.data.splits import SPLIT_FILE, Split, read_split
 from medseg.documents import parse_yaml
 from medseg.errors import Code, MedsegError
 from medseg.models import MODELS
+from medseg.models.shapes import ShapesOnly
 from medseg.training.experiment import PLACES_FILE, Experiment
 
 TAKEN_OVER = (
@@ -120,14 +121,15 @@ def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]
 
     Heads for another number of classes keep their fresh weights; as many of other names are taken, and said. Filters
     over another number of channels all become the mean of the old channels' filters, scaled so that equal channels give
-    the same answer.
+    the same answer. Of a pretraining all is taken that has the same name and shape, but for the heads, which
+    reconstructed images there.
 
     Args:
         model: fresh.
         info: what it is.
-        initial: the other run, trained or converted, or its bundle.
+        initial: the other run, trained, pretrained or converted, or its bundle.
     Returns:
-        Lines that say what was taken.
+        Lines that say what was taken, and what was not.
     Raises:
         MedsegError: E_RUN or E_CHECKPOINT from reading; E_MODEL if the networks differ in anything else.
     """
@@ -138,15 +140,18 @@ def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]
     own = model.state_dict()
     classes = (before.labels.num_outputs, info.labels.num_outputs)
     channels = (before.plan.num_channels, info.plan.num_channels)
+    heads = set() if before.method is None else heads_of(info)
     fresh: list[str] = []
     adapted: list[str] = []
     wrong = [name for name in old if name not in own]
     for name, tensor in own.items():
+        if name in heads:
+            continue
         if name not in old:
             wrong.append(name)
         elif old[name].shape == tensor.shape:
             tensor.copy_(old[name])
-        elif _differ_along(old[name], tensor, 0, classes):
+        elif before.method is None and _differ_along(old[name], tensor, 0, classes):
             fresh.append(name)
         elif _differ_along(old[name], tensor, 1, channels):
             mean = old[name].mean(dim=1, keepdim=True) * (channels[0] / channels[1])
@@ -154,7 +159,8 @@ def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]
             adapted.append(name)
         else:
             wrong.append(name)
-    if wrong:
+    num_taken = len(own) - len(own.keys() & {*fresh, *adapted, *wrong, *heads})
+    if (before.method is None and wrong) or not num_taken + len(adapted):
         raise MedsegError(
             Code.MODEL,
             "the weights to start from do not fit the network",
@@ -163,14 +169,43 @@ def load_initial(model: nn.Module, info: BundleInfo, initial: Path) -> list[str]
             got=f"missing, unknown or of another shape: {_some(wrong)}",
             remedy="leave model and data.plan as that run had them: trainer.initial takes them over",
         )
-    lines = [f"initial    {len(own) - len(fresh) - len(adapted)} of {len(own)} tensors taken from {initial}"]
-    if before.labels.declared != info.labels.declared and not fresh:
+    lines = [f"initial    {num_taken} of {len(own)} tensors taken from {initial}"]
+    if before.method is not None:
+        lines[0] += f", a pretraining ({before.method['name']})"
+        lines.append(f"           fresh, for they are the heads: {_some(sorted(heads))}")
+        begun = [name for name in own if name in wrong]
+        if begun:
+            lines.append(f"           fresh, for the pretraining had none of that shape: {_some(begun)}")
+        left = sorted(old.keys() - own.keys())
+        if left:
+            lines.append(f"           not taken, for this network has none of that name: {_some(left)}")
+    elif before.labels.declared != info.labels.declared and not fresh:
         lines.append("           its heads are kept though they are of other classes: they have to learn anew")
     if fresh:
         lines.append(f"           fresh, for {classes[1]} instead of {classes[0]} classes: {_some(fresh)}")
     if adapted:
         lines.append(f"           spread over {channels[1]} instead of {channels[0]} channel(s): {_some(adapted)}")
     return lines
+
+
+def heads_of(info: BundleInfo) -> set[str]:
+    """Names of the tensors whose shape follows from the number of classes: what turns feature maps into scores.
+
+    Args:
+        info: what the network is.
+    """
+    plan = info.plan
+    shapes: list[dict[str, torch.Size]] = []
+    for number in (info.labels.num_outputs, info.labels.num_outputs + 1):
+        context = {"in_channels": plan.num_channels, "num_classes": number, "spatial_dims": plan.spatial_dims}
+        try:
+            with ShapesOnly():
+                built = MODELS.build(info.model, **context)
+        except (NotImplementedError, RuntimeError):  # it computes with numbers while it is built
+            built = MODELS.build(info.model, **context)
+        shapes.append({name: tensor.shape for name, tensor in built.state_dict().items()})
+    first, second = shapes
+    return {name for name in first if first[name] != second.get(name)}
 
 
 def seen_before(initial: Path, split: Split, root: str | None) -> list[str]:
@@ -193,6 +228,11 @@ def seen_before(initial: Path, split: Split, root: str | None) -> list[str]:
     seen = sorted(before & {*split.val, *split.test})
     if not seen:
         return []
+    if BundleInfo.read(initial).method is not None:
+        return [
+            f"note       {len(seen)} cases that validate or test were among the images of the pretraining, without "
+            f"their labels: {_some(seen)}"
+        ]
     where = _root_of(initial)
     if where is not None and root is not None and Path(where).resolve() == Path(root).resolve():
         raise MedsegError(

@@ -51,7 +51,7 @@ class Journal:
         self.columns = ["step", "minutes", *columns]
         kept = [row for row in _rows(self.path) if int(row["step"]) <= from_step]
         if validates:
-            kept = [row for row in kept if int(row["step"]) < from_step or not row.get(DICE_PREFIX + "mean")]
+            kept = [row for row in kept if int(row["step"]) < from_step or not row.get("val_loss")]
         # Whole or not at all: a full disk must not take the rows of a run that goes on.
         with whole_file(self.path, ".csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
@@ -114,7 +114,9 @@ def _tag(column: str) -> str:
     """TensorBoard's section and name of a column: losses side by side, one section for Dice."""
     if column.startswith(DICE_PREFIX):
         return f"dice/{column.removeprefix(DICE_PREFIX)}"
-    return {"train_loss": "loss/training", "val_loss": "loss/validation"}.get(column, f"training/{column}")
+    named = {"train_loss": "loss/training", "val_loss": "loss/validation"}
+    section, name = ("validation", column.removeprefix("val_")) if column.startswith("val_") else ("training", column)
+    return named.get(column, f"{section}/{name}")
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

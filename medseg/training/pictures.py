@@ -32,7 +32,7 @@ from medseg.explain.tracing import evaluating
 from medseg.inference.sliding_window import autocast
 from medseg.models import SegmentationModel
 from medseg.reports.evaluation import Evaluation
-from medseg.training.experiment import Experiment, TrainerConfig, without_places
+from medseg.training.experiment import Experiment, SegmentationTrainerConfig, without_places
 from medseg.training.journal import TENSORBOARD_FOLDER, Journal
 from medseg.volume import Volume
 
@@ -79,7 +79,7 @@ class Pictures:
 
     def __init__(
         self,
-        config: TrainerConfig,
+        config: SegmentationTrainerConfig,
         info: BundleInfo,
         training: Sequence[PreparedCase],
         validation: Sequence[PreparedCase],
@@ -239,7 +239,12 @@ def write_embeddings(
     for earlier in Path(board.log_dir).glob(f"*/{EMBEDDING}"):
         shutil.rmtree(earlier)
     images = torch.from_numpy(np.stack(thumbnails)).permute(0, 3, 1, 2).float() / 255
-    board.add_embedding(torch.stack(vectors), rows, images, 0, EMBEDDING, ["case", "side", "Dice"])
+    try:
+        board.add_embedding(torch.stack(vectors), rows, images, 0, EMBEDDING, ["case", "side", "Dice"])
+    except BaseException:  # TensorBoard writes its files piece by piece: on a full disk half a picture would stay
+        for unfinished in Path(board.log_dir).glob(f"*/{EMBEDDING}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return len(vectors)
 
 

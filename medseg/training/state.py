@@ -36,8 +36,8 @@ class Counters:
     """Minutes of the loop so far, over all its sittings."""
     validations: int = 0
     """Validations done."""
-    best_dice: float = -1.0
-    """Best mean foreground Dice of a validation."""
+    best_score: float = -1.0
+    """The best of a validation: of a segmentation the mean foreground Dice."""
     best_step: int = 0
     """The step of it."""
     stale: int = 0
@@ -226,12 +226,12 @@ def _settle_best(run: Path, weights: Mapping[str, torch.Tensor], counters: Count
         found = make_config(Counters, read_checkpoint(path)[1]["counters"], where="counters")
     except (MedsegError, KeyError, AttributeError):  # it is not there, damaged, or was not written by a training
         found = Counters()
-    if found.best_dice >= counters.best_dice:
+    if found.best_score >= counters.best_score:
         # Later than the checkpoint that the run goes on from, if that is an earlier one: better is kept.
-        counters.best_dice, counters.best_step = found.best_dice, found.best_step
+        counters.best_score, counters.best_step = found.best_score, found.best_step
         return []
     if counters.best_step == counters.step and not counters.is_validating:
         write_checkpoint(path, weights, {"counters": asdict(counters)})  # killed between the two
         return []
-    counters.best_dice, counters.best_step = found.best_dice, found.best_step
+    counters.best_score, counters.best_step = found.best_score, found.best_step
     return ["warning    the best checkpoint is missing or damaged: the best one from here on takes its place"]

@@ -33,6 +33,7 @@ from medseg.reports.tables import print_evaluation
 from medseg.training.beginning import begin, found_cases, go_on, open_store, prepare
 from medseg.training.card import device_in_words, write_card
 from medseg.training.distributed import World, is_follower, is_launched, joined, remember
+from medseg.training.engine import Watch
 from medseg.training.experiment import Experiment, without_places, write_config
 from medseg.training.folds import Folds, Sides, begin_folds, go_on_folds
 from medseg.training.initial import load_initial, seen_before
@@ -45,7 +46,7 @@ from medseg.training.postprocessing import forget_postprocessing, postprocess_ru
 from medseg.training.sides import with_sides
 from medseg.training.signals import save_signal_is_harmless
 from medseg.training.state import can_resume
-from medseg.training.validation import FINAL_FOLDER, Watch, final_validation
+from medseg.training.validation import FINAL_FOLDER, final_validation
 
 CROSSVALIDATION_FOLDER = "crossvalidation"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -322,13 +323,13 @@ def conclude(
             evaluation = final_validation(run, predictor, validation, loop.labels, reading, progress, world)
     counters = loop.counters
     if not world.is_main:
-        return TrainResult(run, counters.best_dice, counters.step, counters.minutes, None)
+        return TrainResult(run, counters.best_score, counters.step, counters.minutes, None)
     if evaluation is not None:
         print_evaluation(evaluation, console)
         if experiment.trainer.postprocess == "auto":
             by_id = {case.case_id: case for case in validation}
             postprocess_run(run, [run / FINAL_FOLDER], by_id, loop.labels, console, reading=experiment.data.reading)
-    conclude_board(run, experiment, info, loop.pictures, evaluation, best_dice=counters.best_dice, console=console)
+    conclude_board(run, experiment, info, loop.pictures, evaluation, best_dice=counters.best_score, console=console)
     write_card(experiment, run, info, [("", split, counters)], evaluation, device=loop.device)
     page = ""
     if experiment.trainer.report:
@@ -338,14 +339,14 @@ def conclude(
         report = write_run_report(run, {"": run}, evaluation, {"device": device, "seed": experiment.seed})
         page = f"\nreport: {report}"
     console.print(
-        f"done: {counters.step} steps in {counters.minutes:.1f} min, best validation Dice {counters.best_dice:.4f}"
+        f"done: {counters.step} steps in {counters.minutes:.1f} min, best validation Dice {counters.best_score:.4f}"
         f" at step {counters.best_step}\nrun: {run}{page}\nlook: {command('--logdir', run, program='tensorboard')}\n"
         f"use: {command('predict', run)} SCAN -o FOLDER",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
-    return TrainResult(run, counters.best_dice, counters.step, counters.minutes, evaluation)
+    return TrainResult(run, counters.best_score, counters.step, counters.minutes, evaluation)
 
 
 def conclude_folds(experiment: Experiment, folds: Folds, device: torch.device, console: Console) -> TrainResult:
@@ -374,7 +375,7 @@ def conclude_folds(experiment: Experiment, folds: Folds, device: torch.device, c
         facts = {"device": device_in_words(device, experiment.trainer.precision), "seed": experiment.seed}
         page = f"\nreport: {write_run_report(run, folders, crossvalidation, facts)}"
     minutes, steps = sum(c.minutes for c in done), sum(c.step for c in done)
-    mean_dice = sum(c.best_dice for c in done) / len(done)
+    mean_dice = sum(c.best_score for c in done) / len(done)
     console.print(
         f"done: {len(done)} folds, {steps} steps in {minutes:.1f} min, mean of their best validation Dice "
         f"{mean_dice:.4f}\nrun: {run}{page}\nuse: {command('predict', run)} SCAN -o FOLDER",

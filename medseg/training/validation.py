@@ -31,8 +31,6 @@ from medseg.reports.extremes import extremes
 from medseg.training.distributed import World, divide
 
 FINAL_FOLDER = "validation"
-Watch = Callable[[float, float], None]
-"""Told of each validation: the share of the budget that is used, and the mean Dice. What it raises ends the run."""
 
 
 @dataclass(frozen=True)

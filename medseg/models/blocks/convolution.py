@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medseg.errors import Code, MedsegError
 from medseg.models.blocks.activation import Activation, make_activation
-from medseg.models.blocks.block import Block, convolved_length
+from medseg.models.blocks.block import Block, Stack, convolved_length
 from medseg.models.blocks.dimensions import PerAxis, layers, per_axis
 from medseg.models.blocks.normalisation import Normalisation, make_normalisation
 
@@ -74,6 +74,14 @@ class ConvolutionBlock(Block):
     def output_length(self, length: int, axis: int) -> int:
         """floor((length + 2P − F) / S) + 1."""
         return convolved_length(length, self.kernel[axis], self.stride[axis], self.padding[axis])
+
+
+def convolutions(
+    number: int, in_channels: int, out_channels: int, style: ConvolutionStyle, *, kernel: PerAxis = 3
+) -> Stack:
+    """So many convolution blocks in a row, with stride 1; none keep the channels."""
+    channels = (out_channels if i else in_channels for i in range(number))
+    return Stack((ConvolutionBlock(c, out_channels, style, kernel=kernel) for c in channels), in_channels)
 
 
 def padding_per_axis(padding: Literal["same", "valid"] | PerAxis, kernel: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,14 +20,15 @@ class Layers:
     convolution: Callable[..., nn.Module]
     transposed_convolution: Callable[..., nn.Module]
     max_pool: Callable[..., nn.Module]
+    max_unpool: Callable[..., nn.Module]
     average_pool: Callable[..., nn.Module]
     batch_norm: Callable[..., nn.Module]
     linear_interpolation: str
 
 
 _LAYERS = {
-    2: Layers(nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, "bilinear"),
-    3: Layers(nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.AvgPool3d, nn.BatchNorm3d, "trilinear"),
+    2: Layers(nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.MaxUnpool2d, nn.AvgPool2d, nn.BatchNorm2d, "bilinear"),
+    3: Layers(nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.MaxUnpool3d, nn.AvgPool3d, nn.BatchNorm3d, "trilinear"),
 }
 
 

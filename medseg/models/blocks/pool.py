@@ -72,6 +72,59 @@ class Pool(DownBlock):
         return divided(length, self.stride[axis])
 
 
+class IndexedPool(DownBlock):
+    """Max-pooling that tells where each value stood, for `Unpool` to put it back there.
+
+    Args:
+        channels: C = K.
+        stride: S per axis, also the size of the windows.
+
+    Source:
+        Badrinarayanan, Kendall, Cipolla: SegNet, TPAMI 2017, section 3 and figure 3.
+    """
+
+    num_convolutions = 0
+
+    def __init__(self, channels: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.stride = stride
+        self.pool = layers(len(stride)).max_pool(stride, return_indices=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, C, *spatial) → the largest values, (N, C, *spatial / S), and the places that they come from (int64)."""
+        values, places = self.pool(x)
+        return values, places
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length / S."""
+        return divided(length, self.stride[axis])
+
+
+class Unpool(Block):
+    """Puts values back where `IndexedPool` found them; all other voxels are 0.
+
+    Args:
+        channels: C = K, those of the pooling.
+        stride: S per axis, that of the pooling.
+    """
+
+    def __init__(self, channels: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.stride = stride
+        self.unpool = layers(len(stride)).max_unpool(stride)
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        """(N, C, *spatial) and their places → (N, C, *spatial · S)."""
+        result: Tensor = self.unpool(x, places)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length · S."""
+        return length * self.stride[axis]
+
+
 def divided(length: int, stride: int) -> int:
     """length / S.
 

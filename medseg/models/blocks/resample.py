@@ -5,6 +5,7 @@ A factor is the stride S of the step, one number per axis; see `pool.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -58,6 +59,37 @@ class StridedConvolution(DownBlock):
         self.out_channels = out_channels
         self.stride = stride
         self.block = ConvolutionBlock(in_channels, out_channels, style, kernel=kernel, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, K, *spatial / S)."""
+        result: Tensor = self.block(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length / S."""
+        return divided(length, self.stride[axis])
+
+
+class PatchConvolution(DownBlock):
+    """A convolution block whose filters have the size of its stride: each voxel of the result has its own window.
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        style: bias, normalisation and activation.
+        stride: S = F per axis.
+    """
+
+    num_convolutions = 1
+
+    def __init__(
+        self, in_channels: int, out_channels: int, style: ConvolutionStyle, *, stride: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.stride = stride
+        unpadded = replace(style, padding="valid")
+        self.block = ConvolutionBlock(in_channels, out_channels, unpadded, kernel=stride, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *spatial) → (N, K, *spatial / S)."""
@@ -197,6 +229,30 @@ class Interpolation(Block):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *spatial) → (N, C, *spatial · S)."""
         result: Tensor = self.interpolation(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length · S."""
+        return length * self.stride[axis]
+
+
+class Repetition(Block):
+    """Each voxel S times along each axis; the channels stay.
+
+    Args:
+        channels: C = K.
+        stride: S per axis.
+    """
+
+    def __init__(self, channels: int, stride: tuple[int, ...]) -> None:
+        super().__init__()
+        self.out_channels = channels
+        self.stride = stride
+        self.repetition = nn.Upsample(scale_factor=tuple(float(s) for s in stride), mode="nearest")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, C, *spatial · S)."""
+        result: Tensor = self.repetition(x)
         return result
 
     def output_length(self, length: int, axis: int) -> int:

@@ -11,6 +11,7 @@ from medseg.models.blocks.activation import make_activation
 from medseg.models.blocks.block import Block, Stack
 from medseg.models.blocks.convolution import ConvolutionBlock, ConvolutionStyle
 from medseg.models.blocks.dimensions import PerAxis, per_axis
+from medseg.models.blocks.normalisation import make_normalisation
 from medseg.models.blocks.pool import Pool
 
 
@@ -87,6 +88,73 @@ class ResidualBlock(Block):
         last = self.convolutions[-1]
         for parameter in last.normalisation.parameters():  # type: ignore[union-attr]
             nn.init.zeros_(parameter)
+
+
+class PreActivationResidualBlock(Block):
+    """shortcut(x) + F(x), where F is a row of normalisation → activation → convolution.
+
+    The shortcut is that of `ResidualBlock`, but its convolution has no normalisation.
+
+    Args:
+        channels: K.
+        style: padding (must be "same"), normalisation and activation.
+        in_channels: C.
+        num_convolutions: how many stand in the row.
+        kernel: F, the filter size.
+        stride: S, of the first convolution.
+        is_first: leave out the first normalisation and activation, where the block stands at the start of a network.
+
+    Source:
+        He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, equation 5 and figure 4e.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        style: ConvolutionStyle,
+        *,
+        in_channels: int,
+        num_convolutions: int = 2,
+        kernel: PerAxis = 3,
+        stride: PerAxis = 1,
+        is_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_channels = channels
+        factors = per_axis(stride, style.spatial_dims, where="stride")
+        self.convolutions = nn.Sequential()
+        for i in range(num_convolutions):
+            width = channels if i else in_channels
+            if i or not is_first:
+                self.convolutions.append(_NormalisedActivation(width, style))
+            one = 1 if i else factors
+            self.convolutions.append(ConvolutionBlock(width, channels, style.plain(), kernel=kernel, stride=one))
+        self.shortcut = _shortcut(in_channels, channels, style.plain(), factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, *spatial) → (N, K, *spatial / S)."""
+        result: Tensor = self.shortcut(x) + self.convolutions(x)
+        return result
+
+    def output_length(self, length: int, axis: int) -> int:
+        """length / S."""
+        return self.shortcut.output_length(length, axis)
+
+
+class _NormalisedActivation(nn.Module):
+    """Normalisation → activation."""
+
+    def __init__(self, channels: int, style: ConvolutionStyle) -> None:
+        super().__init__()
+        n = style.spatial_dims
+        self.normalisation = make_normalisation(style.normalisation, channels, n, num_groups=style.num_groups)
+        self.copies = style.normalisation == "none"
+        self.activation = make_activation(style.activation, channels, negative_slope=style.negative_slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Activations work in place, and x itself goes on through the shortcut.
+        result: Tensor = self.activation(x.clone() if self.copies else self.normalisation(x))
+        return result
 
 
 def _shortcut(in_channels: int, out_channels: int, style: ConvolutionStyle, stride: tuple[int, ...]) -> Stack:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medseg.errors import Code, MedsegError
 
-Skip = Literal["concat", "add"]
+Skip = Literal["concat", "add", "none"]
 
 
 class SkipBlock(nn.Module):
@@ -69,7 +69,18 @@ class Addition(SkipBlock):
         return up + across
 
 
-_SKIPS: dict[Skip, type[SkipBlock]] = {"concat": Concatenation, "add": Addition}
+class NoSkip(SkipBlock):
+    """Nothing comes across: the decoder has what the bottleneck holds, as that of an autoencoder."""
+
+    def forward(self, up: Tensor, across: Tensor) -> Tensor:
+        """What comes up."""
+        return up
+
+    def _merged_channels(self, up_channels: int, across_channels: int, stage: int) -> int:
+        return up_channels
+
+
+_SKIPS: dict[Skip, type[SkipBlock]] = {"concat": Concatenation, "add": Addition, "none": NoSkip}
 
 
 def make_skip(name: Skip, up_channels: int, across_channels: int, *, stage: int) -> SkipBlock:
