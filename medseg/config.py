@@ -33,7 +33,8 @@ from medseg.documents import YAML_ERRORS, check_yaml
 from medseg.errors import Code, MedsegError, nearest, of_machine
 from medseg.registry import make_config
 from medseg.tasks import LEFT_AS_THEY_ARE, SEGMENTATION, TASKS, configs_folder, task_named, task_of
-from medseg.training.experiment import CONFIG_FILE, PLACES_FILE
+from medseg.training.distributed import is_requeued
+from medseg.training.experiment import CONFIG_FILE, PLACES_FILE, is_place
 from medseg.training.overrides import options_first, refuse_nesting
 from medseg.training.run_folder import (
     REFUSED_FILE,
@@ -69,9 +70,9 @@ def run_hydra(config_name: str, arguments: Sequence[str], task: Callable[[Any, P
         folder = Path(HydraConfig.get().runtime.output_dir)
         others = sorted(path.name for path in folder.iterdir() if path.name != f"{config_name}.log")
         try:
-            if others:
+            if others and not is_requeued():
                 raise used_folder(folder, others)
-            task(experiment_from(config), folder)
+            task(resumed(folder, []) if others and has_begun(folder) else experiment_from(config), folder)
         except (MedsegError, OSError, MemoryError, RuntimeError) as error:
             refusal = error if isinstance(error, MedsegError) else of_machine(error)
             if refusal is None:
@@ -177,7 +178,7 @@ def experiment_from(config: DictConfig) -> Any:
         table: Any = values
         for name in groups:
             table = table.get(name) if isinstance(table, dict) else None
-        if isinstance(table, dict) and isinstance(table.get(last), str) and (*groups, last) not in LEFT_AS_THEY_ARE:
+        if isinstance(table, dict) and is_place(table.get(last)) and (*groups, last) not in LEFT_AS_THEY_ARE:
             table[last] = str(Path(table[last]).expanduser().absolute())
     experiment = make_config(task.experiment, {str(k): v for k, v in values.items()}, where="")
     for group, registry in task.parts.items():

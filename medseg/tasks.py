@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medseg.classification.experiment import (
+    ClassificationDataConfig,
+    ClassificationExperiment,
+    ClassificationTrainerConfig,
+)
 from medseg.data.augment import AugmentConfig
 from medseg.documents import parse_yaml
 from medseg.errors import Code, MedsegError, nearest
 from medseg.losses import LOSSES
 from medseg.models import MODELS
+from medseg.models.classifiers import CLASSIFIERS
 from medseg.pretraining.experiment import PretrainingExperiment, PretrainingTrainerConfig
 from medseg.pretraining.methods import METHODS
 from medseg.registry import Registry
@@ -67,6 +73,17 @@ TASKS: dict[str, Task] = {
             "data": ("_data", DataConfig),
             "augment": ("_augment", AugmentConfig),
             "trainer": ("_trainer", SegmentationTrainerConfig),
+        },
+    ),
+    "classification": Task(
+        config="classification",
+        experiment=ClassificationExperiment,
+        runs="medseg.classification.train:train",
+        parts={"model": CLASSIFIERS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES},
+        plain={
+            "data": ("_classification_data", ClassificationDataConfig),
+            "augment": ("_augment", AugmentConfig),
+            "trainer": ("_classification_trainer", ClassificationTrainerConfig),
         },
     ),
     "pretraining": Task(

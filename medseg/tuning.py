@@ -168,10 +168,10 @@ def _one_trial(study: Study, fixed: Sequence[str], space: _Space, folder: Path, 
         write_refusal(run, ENDED_EARLY)
         console.print(ENDED_EARLY, highlight=False)
     except MedsegError as refusal:
+        if refusal.code not in PASSABLE:  # a full disk: when it is mended, the same command goes on with this trial
+            raise
         study.tell(trial, state=TrialState.FAIL)
         write_refusal(run, refusal)
-        if refusal.code not in PASSABLE:
-            raise
         console.print(f"{refusal}", highlight=False, markup=False, soft_wrap=True)
     else:
         study.tell(trial, result.best_dice)

@@ -16,14 +16,14 @@ import math
 import os
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg import __version__
-from medseg.features import gldm, glrlm, glszm
+from medseg.features import glcm, gldm, glrlm, glszm, intensity, ngtdm, shape
 from medseg.features.region import measure_region
 from medseg.features.settings import Settings
 
@@ -187,6 +187,23 @@ NAMES: dict[str, dict[str, str]] = {
     },
 }
 """PyRadiomics' family → its feature → our column."""
+CODES = {
+    f"{family}_{name}": code
+    for family, codes in (
+        ("shape", shape.CODES),
+        ("intensity", intensity.CODES),
+        ("histogram", intensity.HISTOGRAM_CODES),
+        ("glcm", glcm.CODES),
+        ("glrlm", glrlm.CODES),
+        ("glszm", glszm.CODES),
+        ("gldm", gldm.CODES),
+        ("ngtdm", ngtdm.CODES),
+    )
+    for name, code in codes.items()
+}
+"""Column → identifier of the IBSI."""
+FAMILIES_OF = {"shape2D": ("shape",), "firstorder": ("intensity", "histogram")}
+"""PyRadiomics' family → ours, where they are called otherwise."""
 ELSEWHERE = {
     "TotalEnergy": "the energy times the volume of a voxel; the IBSI has no such feature",
     "MCC": "maximal correlation coefficient; the IBSI has no such feature",
@@ -225,8 +242,13 @@ def main() -> None:
     print(page)
     if arguments.write:
         folder = ROOT / "docs" / "benchmarks"
-        content = {"version": __version__, "ibsi": phantom, "pyradiomics": [asdict(c) for c in baseline]}
-        text = json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n"
+        names = [field.name for field in fields(Comparison)]
+        content = {
+            "version": __version__,
+            "ibsi": {"columns": list(phantom[0]), "rows": [list(row.values()) for row in phantom]},
+            "pyradiomics": {"columns": names, "rows": [[getattr(c, name) for name in names] for c in baseline]},
+        }
+        text = json.dumps(_finite(content), ensure_ascii=False).replace("[[", "[\n[").replace("], [", "],\n[") + "\n"
         (folder / "features.json").write_text(text, encoding="utf-8")
         (folder / "features.md").write_text(page, encoding="utf-8")
 
@@ -287,7 +309,7 @@ def _compare_case(
             image = (image - image.mean()) / image.std(ddof=1) * options["normalizeScale"]
         if family == "shape2D":  # the slice whose region they kept
             image, mask, spacing = image[:, :, box[2]], mask[:, :, box[2]], spacing[:2]
-        ours = measure_region(image, mask, spacing, _settings(options, setting), across=SLICES).values
+        ours = measure_region(image, mask, spacing, _settings(family, options, setting), across=SLICES).values
     rows = []
     for feature, text in values.items():
         published = float(text)
@@ -304,12 +326,11 @@ def _compare_case(
     return rows
 
 
-def _settings(options: dict[str, Any], setting: str) -> Settings:
+def _settings(family: str, options: dict[str, Any], setting: str) -> Settings:
     texture = "2.5d" if options["force2D"] else "3d-merged" if options.get("weightingNorm") == "no_weighting" else "3d"
-    families = ("shape", "intensity", "histogram", "glcm", "glrlm", "glszm", "gldm", "ngtdm")
     count = options.get("binCount")
     return Settings(
-        families=families,
+        families=FAMILIES_OF.get(family, (family,)),
         bin_count=count,
         bin_width=None if count else float(options.get("binWidth", 25)),
         bin_origin=None if count else 0.0,
@@ -371,6 +392,17 @@ def as_page(phantom: list[dict[str, Any]], baseline: list[Comparison]) -> str:
     total = [row["agrees"] for row in phantom]
     lines += [f"| all | {len(total)} | {sum(total)} |", ""]
     lines += [
+        "The phantom has one value for each texture matrix's way of being put together (2d, 2.5d, 3d, merged or not):",
+        "",
+        "| feature | IBSI | values | agree |",
+        "|---|---|---|---|",
+    ]
+    features: dict[str, list[bool]] = {}
+    for row in phantom:
+        features.setdefault(row["feature"], []).append(row["agrees"])
+    lines += [f"| {name} | {CODES[name]} | {len(found)} | {sum(found)} |" for name, found in features.items()]
+    lines += [
+        "",
         "## PyRadiomics' baseline",
         "",
         f"Cases {' and '.join(CASES)} (the images of the other three are not in the data). Agreement: to {TOLERANCE:g} "
@@ -403,7 +435,9 @@ def _finite(value: Any) -> Any:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
 
 
 if __name__ == "__main__":

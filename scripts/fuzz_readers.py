@@ -4,18 +4,23 @@
     python scripts/fuzz_readers.py --minutes 60 --write      all formats, an hour; writes docs/reliability/fuzz.json
     python scripts/fuzz_readers.py --format nifti            one format, a minute
     python scripts/fuzz_readers.py --repeat nifti 4711       one input again, with its traceback
-    python scripts/fuzz_readers.py --atheris --format plan   guided by coverage (pip install atheris; Linux)
+    python scripts/fuzz_readers.py --engine atheris --minutes 5 --write
+                                                             guided by coverage: docs/reliability/atheris.json
+                                                             (pip install "medseg[fuzz]": Linux)
 
 An input follows from its format and number alone (tests/fuzz_damage.py, tests/fuzz_formats.py), so that the number
-repeats it. Each process reads some hundred inputs; one that dies or gets stuck is itself a failure of the input that
-it was at. Figures add up over calls with --write: numbers go on where the last call ended, and what failed before is
-read again first; what does not fail any more counts as mended.
+repeats it; atheris' inputs follow from bytes (tests/fuzz_guided.py), which stand in the place of the number. Each
+process reads some hundred inputs; one that dies or gets stuck is itself a failure of the input that it was at. Figures
+add up over calls with --write: numbers go on where the last call ended, and what failed before is read again first;
+what does not fail any more counts as mended. Of atheris the last call's figures stand.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 FIGURES = ROOT / "docs" / "reliability" / "fuzz.json"
+GUIDED = ROOT / "docs" / "reliability" / "atheris.json"
 PAGE = ROOT / "scripts" / "make_reliability.py"
 """Writes docs/reliability.md from the figures."""
 INPUTS_EACH = 400
@@ -49,19 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", action="append", dest="formats", metavar="NAME", help="again for several")
     parser.add_argument("--write", action="store_true", help=f"add the figures to {FIGURES.relative_to(ROOT)}")
     parser.add_argument("--repeat", nargs=2, metavar=("FORMAT", "NUMBER"))
-    parser.add_argument("--atheris", action="store_true", help="let coverage choose the damage")
-    options, rest = parser.parse_known_args(arguments)
+    parser.add_argument("--engine", default="random", choices=["random", "atheris"], help="what chooses the damage")
+    options = parser.parse_args(arguments)
     sys.path.insert(0, str(TESTS))
     if options.repeat:
-        return repeat(options.repeat[0], int(options.repeat[1]))
-    if options.atheris:
-        return guided((options.formats or ["plan"])[0], rest)
+        return repeat(*options.repeat)
     from fuzz_formats import FORMATS
 
     names = options.formats or list(FORMATS)
     unknown = [name for name in names if name not in FORMATS]
-    if unknown or rest:
-        parser.error(f"not known: {', '.join(unknown + rest)}; formats: {', '.join(FORMATS)}")
+    if unknown:
+        parser.error(f"not known: {', '.join(unknown)}; formats: {', '.join(FORMATS)}")
+    if options.engine == "atheris":
+        return guided(names, options.minutes, writes=options.write)
     figures: dict[str, dict[str, Any]] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     for name in names if options.write else ():
         read_again(figures.get(name, {"failures": []}), name)
@@ -124,65 +130,62 @@ def add(entry: dict[str, Any], name: str, folder: Path, seconds: float, *, input
     return 1
 
 
-def repeat(name: str, number: int) -> int:
+def repeat(name: str, number: str) -> int:
     """Read one input again in this process, and let its error through."""
     from fuzz_formats import FORMATS
+    from fuzz_guided import Drawn
 
     form = FORMATS[name]
-    folder = Path(tempfile.mkdtemp(prefix=f"fuzz_{name}_{number}_"))
+    choices = Drawn(bytes.fromhex(number[1:])) if number.startswith("x") else Random(f"{name} {int(number)}")
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz_{name}_"))
     form.make(folder / "seeds" / name / "inputs")
-    place = folder / f"{name}_{number}"
-    form.mutant(folder / "seeds" / name / "inputs", place, Random(f"{name} {number}"))
+    place = folder / f"{name}_0"
+    form.mutant(folder / "seeds" / name / "inputs", place, choices)
     print(f"the input: {place}")
     form.read(place)
     return 0
 
 
-def guided(name: str, rest: Sequence[str]) -> int:
-    """Let atheris choose the bytes that the damage is drawn from, by what they reach in medseg."""
-    try:
-        import atheris
-    except ImportError:
-        print("atheris is not installed: pip install atheris (Linux, Python 3.11 or later)")
+def guided(names: Sequence[str], minutes: float, *, writes: bool) -> int:
+    """Let atheris choose the damage, format after format; the status is 1 where something failed."""
+    if importlib.util.find_spec("atheris") is None:
+        print('atheris is not installed: pip install "medseg[fuzz]" (Linux)')
         return 2
-    folder = Path(tempfile.mkdtemp(prefix=f"atheris_{name}_"))
-    seeds = folder / "seeds" / name / "inputs"
-    with atheris.instrument_imports(include=["medseg"]):
-        from fuzz_formats import FORMATS
-
-        form = FORMATS[name]
-        form.make(seeds)
-        for seed in seeds.iterdir():  # readers import what they need when they are called
-            form.read(seed)
-
-    def one(data: bytes) -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            target = Path(place) / f"{name}_0"
-            form.mutant(seeds, target, Drawn(data))
-            form.read(target)
-
-    atheris.Setup([sys.argv[0], *rest], one)
-    atheris.Fuzz()
-    return 0
+    figures: dict[str, dict[str, Any]] = json.loads(GUIDED.read_text()) if writes and GUIDED.exists() else {}
+    seconds = max(1, round(60 * minutes / len(names)))
+    for name in names:
+        figures[name] = guided_once(name, seconds)
+        print(f"{name:14} {figures[name]}", flush=True)
+        if writes:
+            GUIDED.parent.mkdir(exist_ok=True)
+            GUIDED.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if writes:
+        subprocess.run([sys.executable, PAGE], check=True)
+    return 1 if any(figures[name]["failures"] for name in names) else 0
 
 
-class Drawn(Random):
-    """Choices from bytes, which a fuzzer changes a few of at a time; zeros where they end."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(0)
-        self._data, self._place = data, 0
-
-    def getrandbits(self, k: int, /) -> int:
-        """The next bits."""
-        size = (k + 7) // 8
-        taken = self._data[self._place : self._place + size]
-        self._place += size
-        return int.from_bytes(taken.ljust(size, b"\0"), "little") & ((1 << k) - 1)
-
-    def random(self) -> float:
-        """From 0 to 1."""
-        return self.getrandbits(16) / 65536
+def guided_once(name: str, seconds: int) -> dict[str, Any]:
+    """What one process finds: inputs, edges of medseg that the first of them and all of them reached, failures."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(TESTS / "fuzz_guided.py"), folder, name, str(seconds)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds + STUCK_S)
+            said, found, status = done.stderr, done.stdout, done.returncode
+        except subprocess.TimeoutExpired as error:
+            said, found, status = (error.stderr or b"").decode(), (error.stdout or b"").decode(), -1
+    failures = [json.loads(line.partition(" ")[2]) for line in found.splitlines() if line.startswith("found {")]
+    inputs = re.findall(r"^stat::number_of_executed_units: (\d+)", said, re.MULTILINE)
+    edges = re.findall(r"^#\d+\s+\w+ +cov: (\d+)", said, re.MULTILINE)
+    if not inputs or not edges:
+        last = " ".join(said.split()[-30:])
+        failures.append({"number": "", "error": f"the process ended with status {status}", "at": last})
+    return {
+        "inputs": int(inputs[-1]) if inputs else 0,
+        "seconds": seconds,
+        "first_edges": int(edges[0]) if edges else 0,
+        "edges": int(edges[-1]) if edges else 0,
+        "failures": failures,
+    }
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 
     python scripts/kill_training.py --write      100 kills, about half an hour; writes docs/reliability/kills.json
     python scripts/kill_training.py --kills 3
+    python scripts/kill_training.py --devices 2 --kills 10 --write      writes docs/reliability/kills_of_processes.json
 
 A small network is trained on phantoms twice: once straight, once killed and resumed, at random moments and each third
 time as soon as a checkpoint is being written. After each kill a checkpoint must be there that loads; the work that is
 lost is what the history tells of steps after it. In the end both runs must have the same weights, bit for bit.
 Ends with status 1 where any of this fails.
+
+Of several processes (--devices) one is killed in turn: the one that started them, the main one, which saves, and a
+follower. The others must then end by themselves, and soon.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +41,7 @@ from medseg.phantom import write_phantoms
 from medseg.training.state import can_resume, read_counters
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ROOT / "docs" / "reliability" / "kills.json"
+FIGURES = ROOT / "docs" / "reliability"
 SAVE_SECONDS = 0.5
 STEPS_PER_VALIDATION = 50
 EARLY = 5
@@ -44,6 +51,11 @@ AIMED = 3
 hardly ever meet one."""
 POLL_SECONDS = 0.0005
 """Between looks at the folder of checkpoints by who waits for a save."""
+MAIN, STARTER, FOLLOWER = ROLES = "the main process", "the starting process", "a follower"
+"""Which of several processes are killed, one after the other; each third kill may be aimed at a save, which is done by
+the main one."""
+ENDED_S = 300.0
+"""How long the others have to end, after which they count as left behind."""
 SETTINGS = (
     "data.plan.base_width=4",
     "data.plan.num_stages=2",
@@ -69,6 +81,10 @@ class Tally:
     before_the_first_step: int = 0
     during_a_save: int = 0
     during_a_validation: int = 0
+    roles: Counter[str] = field(default_factory=Counter)
+    """Which process was killed how often."""
+    slowest_end_seconds: float = 0.0
+    """From a kill until the last of several processes had ended."""
     fallbacks: int = 0
     """Resumptions from the previous checkpoint, because the latest one was damaged."""
     damaged_bytes: int = 0
@@ -86,29 +102,31 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--steps-per-kill", type=int, default=60, help="length of the training (default 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--write", action="store_true", help=f"write {FIGURES.relative_to(ROOT)}")
+    parser.add_argument("--devices", type=int, default=1, help="processes that train together (default 1)")
+    parser.add_argument("--write", action="store_true", help=f"write the figures to {FIGURES.relative_to(ROOT)}")
     arguments = parser.parse_args()
     steps = arguments.kills * arguments.steps_per_kill
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), arguments.kills, steps, random.Random(arguments.seed))
+        results = measure(Path(folder), arguments.kills, steps, random.Random(arguments.seed), arguments.devices)
     print(json.dumps(results, indent=1))
     if arguments.write:
-        FIGURES.parent.mkdir(parents=True, exist_ok=True)
-        FIGURES.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        FIGURES.mkdir(parents=True, exist_ok=True)
+        name = "kills.json" if arguments.devices == 1 else "kills_of_processes.json"
+        (FIGURES / name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if results["failures"] else 0)
 
 
-def measure(folder: Path, kills: int, steps: int, moments: random.Random) -> dict[str, object]:
+def measure(folder: Path, kills: int, steps: int, moments: random.Random, devices: int = 1) -> dict[str, object]:
     """Both runs and what came of them, as plain values."""
     data = write_phantoms(folder / "data", num_train=4, size=0.4).train
     straight, killed = folder / "straight", folder / "killed"
     begun = time.monotonic()
-    _finish(_start(data, straight, steps))
+    _finish(_start(data, straight, steps, devices))
     seconds = 60 * read_counters(straight).minutes
     start_seconds = time.monotonic() - begun - seconds
     tally = Tally()
     sitting = Sitting(killed)
-    process = _start(data, killed, steps)
+    process = _start(data, killed, steps, devices)
     while tally.kills < kills:
         is_early = tally.kills % EARLY == EARLY - 1
         is_aimed = not is_early and tally.kills % AIMED == 0
@@ -117,7 +135,8 @@ def measure(folder: Path, kills: int, steps: int, moments: random.Random) -> dic
         if is_aimed and not _wait_for_save(process, killed):
             break
         longest = 0 if is_aimed else start_seconds if is_early else 1.2 * seconds / kills
-        if not _kill(process, moments.uniform(0, longest)):
+        role = STARTER if devices == 1 else ROLES[tally.kills % len(ROLES)]
+        if not _kill(process, moments.uniform(0, longest), role, tally):
             break
         tally.aimed_at_saves += is_aimed
         judge(sitting, tally)
@@ -150,6 +169,8 @@ def measure(folder: Path, kills: int, steps: int, moments: random.Random) -> dic
         "most_lost_seconds": round(tally.most_lost_seconds, 2),
         "most_lost_steps": tally.most_lost_steps,
         "most_lost_beyond_interval_and_longest_step_seconds": round(tally.most_over_the_interval_seconds, 2),
+        **({f"kills_of_{role.replace(' ', '_')}": tally.roles[role] for role in ROLES} if devices > 1 else {}),
+        **({"slowest_end_of_the_others_seconds": round(tally.slowest_end_seconds, 2)} if devices > 1 else {}),
         "environment": environment(),
     }
 
@@ -221,11 +242,10 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _start(data: Path, run: Path, steps: int) -> subprocess.Popen[bytes]:
+def _start(data: Path, run: Path, steps: int, devices: int) -> subprocess.Popen[bytes]:
+    where = f"data.root='{data}'", f"hydra.run.dir='{run}'"
     validations = f"trainer.num_validations={max(2, steps // STEPS_PER_VALIDATION)}"
-    return _medseg(
-        f"data.root='{data}'", f"hydra.run.dir='{run}'", f"trainer.max_steps={steps}", validations, *SETTINGS
-    )
+    return _medseg(*where, f"trainer.max_steps={steps}", validations, f"trainer.devices={devices}", *SETTINGS)
 
 
 def _medseg(*arguments: str) -> subprocess.Popen[bytes]:
@@ -263,15 +283,45 @@ def _wait_for_save(process: subprocess.Popen[bytes], run: Path) -> bool:
     return False
 
 
-def _kill(process: subprocess.Popen[bytes], delay: float) -> bool:
-    """SIGKILL after a while; False if the process has ended by itself."""
+def _kill(process: subprocess.Popen[bytes], delay: float, role: str, tally: Tally) -> bool:
+    """SIGKILL after a while to one of the processes, then wait until all have ended; False if the training has ended
+    by itself."""
     try:
         process.wait(delay)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+        members = members_of(process.pid)
+        if role == STARTER or not members:  # in its first seconds a training is one process
+            role = STARTER
+            process.kill()
+        else:
+            os.kill(members[0 if role == MAIN else -1], signal.SIGKILL)
+        begun = time.monotonic()
+        try:
+            process.communicate(timeout=ENDED_S)  # all of them hold its standard error
+        except subprocess.TimeoutExpired:
+            tally.failures.append(f"kill {tally.kills + 1}: processes were left behind")
+            for member in members:
+                with suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+            process.kill()
+            process.communicate()
+        tally.slowest_end_seconds = max(tally.slowest_end_seconds, time.monotonic() - begun)
+        tally.roles[role] += 1
         return True
     return False
+
+
+def members_of(starter: int) -> list[int]:
+    """The processes that a training has started, the main one first; none of a training in one process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == starter and b"spawn_main" in (folder / "cmdline").read_bytes():
+                found.append((int(fields[19]), int(folder.name)))  # by the time of their start
+        except OSError:  # gone meanwhile
+            continue
+    return [number for _, number in sorted(found)]
 
 
 def _history(run: Path) -> list[dict[str, str]]:

@@ -17,9 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 FIGURES = ROOT / "docs" / "reliability"
 NOT_MEASURED = "not measured yet"
+READERS = "nothing: readers write nothing"
 FUZZ = "python scripts/fuzz_readers.py --minutes 60 --write"
 FAULTS = "python scripts/inject_faults.py --every 1 --write"
 KILLS = "python scripts/kill_training.py --write"
+GUIDED = "python scripts/fuzz_readers.py --engine atheris --minutes 5 --write"
+KILLS_OF_PROCESSES = "python scripts/kill_training.py --devices 2 --kills 10 --write"
 
 HEAD = """\
 # What medseg withstands
@@ -36,14 +39,16 @@ MEANING = """\
   limit of memory and a limit of time for each input. A failure is anything that comes out but a refusal with a code: an
   exception of another kind, too much memory, too much time, the end of the process. Failures that were mended are
   counted beside those that are open. An input follows from its number:
-  `python scripts/fuzz_readers.py --repeat FORMAT NUMBER`.
+  `python scripts/fuzz_readers.py --repeat FORMAT NUMBER`. With atheris the damage is not drawn at random, but from
+  bytes that libFuzzer mutates: what reaches new edges of medseg's code is kept and mutated further.
 - **Injected faults**: from the k-th operation on, the disk takes nothing any more. *Refused*: the verb ended with a
   status other than 0 and a message with a code; *handled*: it ended well all the same. Harm would be a file under its
   final name that is not whole (its bytes are counted as lost), a temporary file left behind, a message without a code,
   success without the outputs, work that cannot go on, or results that differ from those without the fault.
 - **Kills**: `medseg train` ended by SIGKILL at random times and, where the figures have kills aimed at saves, when the
   temporary file of a checkpoint is there; each time a checkpoint must load, and no more may be lost than was done since
-  the last save (`trainer.save_minutes`, here half a second).
+  the last save (`trainer.save_minutes`, here half a second). Of a training by two processes (`trainer.devices=2`) the
+  main one, the one that started them, or the follower is killed: the others must end by themselves.
 - What is written line by line may end anywhere after a crash, and is read accordingly: `train.log`, event files of
   TensorBoard, `history.csv` (rows after the checkpoint are dropped on resume) and `predictions.jsonl` (a line that was
   cut counts as not there).
@@ -66,8 +71,22 @@ def main() -> int:
 
 def page(figures: Path) -> str:
     """The page of the figures in a folder."""
-    fuzz, faults, kills = (read(figures / f"{name}.json") for name in ("fuzz", "faults", "kills"))
-    sections = [HEAD, summary(fuzz, faults, kills), fuzz_table(fuzz), fault_tables(faults), kill_table(kills), MEANING]
+    fuzz, guided, faults, kills, of_processes = (
+        read(figures / f"{name}.json") for name in ("fuzz", "atheris", "faults", "kills", "kills_of_processes")
+    )
+    rows = [fuzz_row(fuzz), guided_row(guided), *fault_rows(faults)]
+    rows.append(kill_row("kills of a training", kills, KILLS))
+    rows.append(kill_row("kills of one of the two processes of a training", of_processes, KILLS_OF_PROCESSES))
+    sections = [
+        HEAD,
+        table(["what", "tried", "did harm", "finished work lost", "again by"], rows),
+        fuzz_table(fuzz),
+        guided_table(guided),
+        fault_tables(faults),
+        kill_table("Kills", kills),
+        kill_table("Kills of one of two processes", of_processes),
+        MEANING,
+    ]
     return "\n".join(section for section in sections if section)
 
 
@@ -82,28 +101,44 @@ def table(header: list[str], rows: list[list[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
 
-def summary(fuzz: dict[str, Any] | None, faults: dict[str, Any] | None, kills: dict[str, Any] | None) -> str:
-    """One row for each kind of harm."""
+def fuzz_row(fuzz: dict[str, Any] | None) -> list[object]:
+    """Inputs that were damaged at random."""
     tried = failed = NOT_MEASURED
     if fuzz is not None:
         tried = f"{sum(entry['inputs'] for entry in fuzz.values()):,} in {len(fuzz)} formats"
         failed = str(sum(len(entry["failures"]) for entry in fuzz.values()))
-    rows: list[list[object]] = [["damaged inputs read", tried, failed, "nothing: readers write nothing", f"`{FUZZ}`"]]
+    return ["damaged inputs read", tried, failed, READERS, f"`{FUZZ}`"]
+
+
+def guided_row(guided: dict[str, Any] | None) -> list[object]:
+    """Inputs whose damage atheris chose."""
+    tried = failed = NOT_MEASURED
+    if guided is not None:
+        tried = f"{sum(entry['inputs'] for entry in guided.values()):,} in {len(guided)} formats"
+        failed = str(sum(len(entry["failures"]) for entry in guided.values()))
+    return ["inputs damaged as coverage guides (atheris)", tried, failed, READERS, f"`{GUIDED}`"]
+
+
+def fault_rows(faults: dict[str, Any] | None) -> list[list[object]]:
+    """Disks that fail, and the tests of what else does."""
     tried = failed = NOT_MEASURED
     if faults is not None:
         tried = f"{sum(entry['faults'] for entry in faults['injected'].values()):,}"
         failed = str(sum(len(entry["harm"]) for entry in faults["injected"].values()))
-    rows.append(["disks full, read-only or failing", tried, failed, lost_by_faults(faults), f"`{FAULTS}`"])
+    disks: list[object] = ["disks full, read-only or failing", tried, failed, lost_by_faults(faults), f"`{FAULTS}`"]
     tried = failed = NOT_MEASURED
     if faults is not None and faults["tests"]:
         results = list(faults["tests"].values())
         tried, failed = str(len(results) - results.count("skipped")), str(results.count("failed"))
-    rows.append(["tests of other faults", tried, failed, "", "`python -m pytest tests/test_faults.py`"])
+    return [disks, ["tests of other faults", tried, failed, "", "`python -m pytest tests/test_faults.py`"]]
+
+
+def kill_row(what: str, kills: dict[str, Any] | None, command: str) -> list[object]:
+    """Trainings that were killed."""
     tried = failed = NOT_MEASURED
     if kills is not None:
         tried, failed = str(kills["kills"]), str(kills["failures"])
-    rows.append(["kills of a training", tried, failed, lost_by_kills(kills), f"`{KILLS}`"])
-    return table(["what", "tried", "did harm", "finished work lost", "again by"], rows)
+    return [what, tried, failed, lost_by_kills(kills), f"`{command}`"]
 
 
 def lost_by_faults(faults: dict[str, Any] | None) -> str:
@@ -137,6 +172,18 @@ def fuzz_table(fuzz: dict[str, Any] | None) -> str:
     return "## Damaged inputs\n\n" + table(header, rows)
 
 
+def guided_table(guided: dict[str, Any] | None) -> str:
+    """What atheris reached, by format."""
+    if guided is None:
+        return ""
+    rows: list[list[object]] = [
+        [name, f"{e['inputs']:,}", len(e["failures"]), f"{e['first_edges']:,}", f"{e['edges']:,}", f"{e['seconds']} s"]
+        for name, e in sorted(guided.items())
+    ]
+    header = ["format", "inputs", "open failures", "edges of the code reached at first", "in the end", "time"]
+    return "## Inputs damaged as coverage guides\n\n" + table(header, rows)
+
+
 def fault_tables(faults: dict[str, Any] | None) -> str:
     """Injected faults by verb, and the tests by their names."""
     if faults is None:
@@ -152,14 +199,14 @@ def fault_tables(faults: dict[str, Any] | None) -> str:
     return text
 
 
-def kill_table(kills: dict[str, Any] | None) -> str:
+def kill_table(title: str, kills: dict[str, Any] | None) -> str:
     """What scripts/kill_training.py wrote, as it stands there."""
     if kills is None:
         return ""
     rows: list[list[object]] = [
         [name.replace("_", " "), value] for name, value in kills.items() if isinstance(value, (int, float, str))
     ]
-    return "## Kills\n\n" + table(["figure", "value"], rows)
+    return f"## {title}\n\n" + table(["figure", "value"], rows)
 
 
 if __name__ == "__main__":

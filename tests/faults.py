@@ -463,7 +463,7 @@ SCENARIOS: dict[str, Scenario] = {
         (),
         _with_archive,
     ),
-    "tune": Scenario(_tune, _tune, ("search/trial_001/model_card.md", "search/sweep.csv", "search/sweep.png")),
+    "tune": Scenario(_tune, _tune, ("search/trial_000/model_card.md", "search/sweep.csv", "search/sweep.png")),
     "notebook": Scenario(
         _notebook,
         _notebook,

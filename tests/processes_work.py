@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from medseg.data.augment import AugmentConfig, Augmenter, Mirroring
@@ -88,6 +90,29 @@ def largest_difference(world: World, settings: dict[str, Any], labels: Labels, s
     if parts == 1:
         torch.testing.assert_close(losses[0], whole.detach(), rtol=1e-5, atol=1e-6)
     return float((gradients(model) - expected).abs().max() / expected.abs().max())
+
+
+def batch_norm_difference() -> float:
+    """On one GPU that two processes share: gradients of a network with batch normalisation beside those of one process
+    with all samples, relative to the largest; and its running variance."""
+    with joined() as world:
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+        world.group = dist.new_group(backend="gloo")
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1))
+        whole, shared = nn.Sequential(*layers).to(device), copy.deepcopy(nn.Sequential(*layers)).to(device)
+        image, label = (part.to(device) for part in batch(4, CLASSES))
+        nn.functional.cross_entropy(whole(image), label).backward()
+        shared, notes = world.with_whole_batches(shared, device)
+        assert not notes
+        network = world.network(shared, device)
+        own = slice(world.rank, None, world.size)
+        nn.functional.cross_entropy(network(image[own]), label[own]).backward()  # means, of which the mean is taken
+        expected = gradients(whole)
+        difference = (gradients(shared) - expected).abs().max() / expected.abs().max()
+        torch.testing.assert_close(shared[1].running_var, whole[1].running_var)
+        return float(difference)
 
 
 def augmented(indices: range) -> tuple[torch.Tensor, torch.Tensor]:

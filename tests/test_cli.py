@@ -297,6 +297,7 @@ def test_help_of_every_verb_teaches(capsys) -> None:
 def test_help_of_train_says_what_each_key_means(capsys, monkeypatch) -> None:
     from medseg.cli.keys import first_sentence, meanings
     from medseg.config import composed
+    from medseg.tasks import TASKS
 
     monkeypatch.setenv("COLUMNS", "160")
     main(["train", "model=residual_encoder_unet", "trainer.max_steps=77", "--help"])
@@ -314,7 +315,7 @@ def test_help_of_train_says_what_each_key_means(capsys, monkeypatch) -> None:
             k for p in plan for k in keys(plan[p], f"{before}{p}.")
         }
 
-    found = dict(meanings(values, {"data", "model", "loss", "optimizer", "schedule", "augment", "trainer"}))
+    found = dict(meanings(values, TASKS["segmentation"]))
     assert found.keys() == keys(values, "") - {"preset", "experiment", "debug"}
     assert all(len(text) > 8 for text in found.values()), [key for key, text in found.items() if len(text) <= 8]
     assert first_sentence("Size e.g. 2.5 mm. And more.") == "Size e.g. 2.5 mm."

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes_work import LOSSES, augmented, exactness
+from processes_work import LOSSES, augmented, batch_norm_difference, exactness
 from rich.console import Console
 from test_sampling import case
 from test_training import TINY, history, run, weights
@@ -161,6 +161,33 @@ def test_alone_nothing_is_asked() -> None:
     world = World()
     assert world.gather(math.inf) == [math.inf] and world.highest(2, 3) == (2, 3) and world.main_first(lambda: 5) == 5
     assert world.network(model := torch.nn.Linear(1, 1), torch.device("cpu")) is model
+
+
+def test_batch_normalisation_sees_the_samples_of_all_processes_on_gpus() -> None:
+    """Its layers become SyncBatchNorm, which PyTorch has for GPUs alone, with the same weights."""
+    model = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 1), torch.nn.Sequential(torch.nn.BatchNorm3d(4)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    same, notes = World().with_whole_batches(model, torch.device("cuda"))
+    assert same is model and not notes  # alone
+    world = World(size=2)
+    world.group = "the group"  # type: ignore[assignment]
+    same, notes = world.with_whole_batches(model, torch.device("cpu"))
+    assert same is model and "the samples of one process only" in notes[0]
+    instance = torch.nn.Sequential(torch.nn.InstanceNorm3d(4))
+    same, notes = world.with_whole_batches(instance, torch.device("cpu"))
+    assert same is instance and not notes
+    converted, notes = world.with_whole_batches(model, torch.device("cuda"))
+    assert not notes and not any(isinstance(m, torch.nn.BatchNorm3d) for m in converted.modules())
+    (layer,) = (m for m in converted.modules() if isinstance(m, torch.nn.SyncBatchNorm))
+    assert layer.process_group == "the group"
+    assert converted.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in converted.state_dict().items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batch_normalisation_over_processes_is_that_of_the_whole_batch() -> None:
+    assert launch(batch_norm_difference, 2) < 1e-5
 
 
 def test_draws_are_those_of_one_process() -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import zipfile
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from medseg.bundle.checkpoint import MODEL_PREFIX, checkpoint_path, write_checkpoint
+from medseg.classification.bundle import ClassifierInfo
+from medseg.classification.sight import Sight
 from medseg.cli import main
 from medseg.cli.inspect_model import is_about_model
 from medseg.errors import Code, MedsegError
@@ -145,11 +150,16 @@ def test_effective_fields_are_those_of_the_scan(tiny_run, capsys, tmp_path):
 def test_pictures_go_to_tensorboard(tiny_run, tmp_path, capsys, refused):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     inspect(tiny_run.run, "--image", tiny_run.dicom, "-o", tmp_path, "--tensorboard", "--class", "background",
-            "--show", "filters,maps,excitation,saliency", "--steps", 1)  # fmt: skip
+            "--steps", 1)  # fmt: skip
     assert "tensorboard --logdir" in capsys.readouterr().out
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
     files = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.png")}
     assert set(events.Tags()["images"]) == files
+    scalars = events.Scalars("equivariance/same class")
+    shifts = json.loads((tmp_path / "shifts.json").read_text())
+    assert [(s.step, pytest.approx(s.value)) for s in scalars] == [
+        (shift["voxels"][-1], shift["agreement_middle"]) for shift in shifts[:-1]
+    ]
     assert {"filters", "saliency_grad_cam", "maps/encoder.0", "excitation/encoder.0"} <= files
     assert "--tensorboard" in refused(tiny_run.run, "--tensorboard")
 
@@ -167,3 +177,51 @@ def test_sizes_as_people_write_them():
         with pytest.raises(MedsegError) as refusal:
             parsed_size(wrong)
         assert refusal.value.code == Code.CONFIG
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A run that classifies, with fresh weights."""
+    info = ClassifierInfo(
+        {"name": "cnn", "widths": [4, 8], "head": "flatten", "hidden": [8], "image_size": 32},
+        ("benign", "malignant"),
+        Sight((32, 32), 1, "z-score"),
+    )
+    torch.manual_seed(0)
+    tensors = {MODEL_PREFIX + name: tensor for name, tensor in info.build_model().state_dict().items()}
+    run = tmp_path / "classifier"
+    checkpoint_path(run, "best").parent.mkdir(parents=True)
+    info.write(run)
+    write_checkpoint(checkpoint_path(run, "best"), tensors, {})
+    return run
+
+
+def test_a_classifier_is_looked_into(classifier, tmp_path, capsys, refused):
+    picture, out = tmp_path / "picture.png", tmp_path / "inside"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60), dtype=np.uint8)).save(picture)
+    inspect(classifier, "--image", picture, "-o", out, "--steps", 1, "--class", "malignant", "--effective")
+    text = capsys.readouterr().out
+    assert "why malignant is seen\n" in text and "fully connected" in text
+    content = json.loads((out / "layers.json").read_text())
+    assert content["output"] == [2] and content["total"]["receptive_field"] == [None, None]
+    expected = {
+        "architecture.svg", "effective_field.png", "excitation", "filters.png", "image.png", "layers.json", "maps",
+        "saliency_grad_cam.png", "saliency_gradient.png", "saliency_occlusion.png",
+    }  # fmt: skip
+    assert {path.name for path in out.iterdir()} == expected  # its answer has no place: no shifts
+    assert {path.name for path in (out / "maps").iterdir()} == {"backbone.stages.0.png", "backbone.stages.1.png"}
+    with Image.open(out / "saliency_grad_cam.png") as drawn:
+        assert len(set(drawn.convert("L").tobytes())) > 2
+    inspect(classifier, "--image", picture, "-o", out, "--class", "benign", "--show", "saliency")
+    assert "why benign is seen\n" in capsys.readouterr().out  # whichever of both is answered
+    assert "sees the whole image" in refused(classifier, "--image", picture, "-o", out, "--at", "1,1")
+    assert "no such class" in refused(classifier, "--image", picture, "-o", out, "--class", "wing")
+    assert "images of one size" in refused(classifier, "--size", "64x64")
+
+
+@pytest.mark.parametrize("arguments", [("model=cnn",), ("task=classification", "model=cnn")])
+def test_the_name_of_a_network_says_what_it_learns(arguments, capsys):
+    inspect(*arguments, "model.widths=[4,8]", "--channels", 3, "--classes", 7, "--size", "40x40", "--json")
+    content = json.loads(capsys.readouterr().out)
+    assert content["input"] == [3, 40, 40] and content["output"] == [7] and "training_step" not in content
+    assert is_about_model(["task=classification", "model=cnn"])

@@ -17,6 +17,7 @@ from medseg.errors import Code, MedsegError
 from medseg.explain.drawing import drawing_figure, save_drawing
 from medseg.explain.layers import layer_table
 from medseg.explain.reach import Reach
+from medseg.explain.subject import of_settings
 from medseg.explain.text import print_layers, quantity
 from medseg.explain.tracing import trace
 from medseg.models import MODELS, SegmentationModel
@@ -267,3 +268,109 @@ def test_drawing_into_a_missing_folder_is_refused(tmp_path: Path):
     with pytest.raises(MedsegError) as refusal:
         save_drawing(tmp_path / "nowhere" / "network.svg", unet_2015_table(188))
     assert refusal.value.code == Code.OUTPUT
+
+
+def answers_to(model: nn.Module, size: tuple[int, int], voxel: tuple[int, int], draws: int) -> list[tuple[int, int]]:
+    """First and last voxel of the image, per axis, that change a voxel of the result in any of several random images.
+
+    Gradients do not tell of un-pooling: a voxel may only move a maximum to another place.
+    """
+    generator, found = torch.Generator().manual_seed(0), torch.zeros(size, dtype=torch.bool)
+    with torch.no_grad():
+        for _ in range(draws):
+            image = torch.randn((1, 1, *size), generator=generator, dtype=torch.float64)
+            changed = image.expand(size[0] * size[1], 1, *size).clone()
+            changed.view(len(changed), -1)[range(len(changed)), range(len(changed))] += 3
+            change = model(changed)[(slice(None), 0, *voxel)] - model(image)[(0, 0, *voxel)]
+            found |= change.abs().gt(1e-9).view(size)
+    places = found.nonzero()
+    return list(zip(places.amin(dim=0).tolist(), places.amax(dim=0).tolist(), strict=True))
+
+
+class Unpooling(SegmentationModel):
+    """What SegNet is made of: the maxima's places come across, the values from below."""
+
+    in_channels, num_classes, spatial_dims = 1, 1, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.below, self.last = (nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
+
+    def output_size(self, input_size):
+        return input_size
+
+    def forward(self, x):
+        pooled, places = nn.functional.max_pool2d(self.first(x), 2, return_indices=True)
+        return self.last(nn.functional.max_unpool2d(self.below(pooled), places, 2))
+
+
+class Repeating(Unpooling):
+    """A pathway of a third of the resolution beside one of full resolution, as in DeepMedic."""
+
+    def forward(self, x):
+        below = self.below(x[..., 1::3, 1::3])
+        return self.first(x) + below.repeat_interleave(3, dim=-1).repeat_interleave(3, dim=2)
+
+
+@pytest.mark.parametrize("kind", [Unpooling, Repeating])
+def test_receptive_fields_of_unpooling_and_of_pathways(kind):
+    torch.manual_seed(1)
+    model, size = kind().double(), (18, 18)
+    reaches = trace(model, size)[-1].reaches
+    for step in range(max(len(reach.lows) for reach in reaches)):
+        voxel = (8 + step, 8)
+        expected = [(reach.low(o), reach.high(o)) for reach, o in zip(reaches, voxel, strict=True)]
+        assert answers_to(model, size, voxel, draws=6) == expected, step
+
+
+def test_classifiers_have_a_table_by_hand():
+    subject = of_settings({"name": "cnn", "widths": [4, 8], "head": "flatten", "hidden": [16]}, num_classes=3)
+    table = layer_table(subject.model, subject.size)
+    assert subject.size == (224, 224) and table.output_size == () and table.layers[-1].output == (3,)
+    hidden, scores = (layer for layer in table.layers if layer.kind == "product")
+    assert hidden.weights == 8 * 56 * 56 * 16 + 16 == hidden.macs + 16 and scores.weights == 16 * 3 + 3
+    assert table.of_stage("backbone.stages.1")[-1].field == (16, 16) and hidden.field == (None, None)
+    assert sum(layer.weights for layer in table.layers) == table.weights
+    shown = io.StringIO()
+    print_layers(table, Console(file=shown, width=140))
+    assert "fully connected + ReLU" in shown.getvalue()
+    words = [text.get_text() for text in drawing_figure(table).axes[0].texts]
+    assert {"backbone.stages.1", "8×56×56", "2 × fully connected"} < set(words)
+    with pytest.raises(MedsegError, match="at least") as refusal:
+        layer_table(of_settings({"name": "cnn"}).model, (8, 64))
+    assert refusal.value.code == Code.MODEL and "(16, 64)" in str(refusal.value)
+    with pytest.raises(MedsegError, match="another number of axes"):
+        layer_table(subject.model, (224, 224, 224))
+
+
+@pytest.mark.parametrize("network", ["resnet18", "densenet121", "efficientnet_b0"])
+def test_classifiers_of_torchvision_see_all_and_are_counted(network):
+    with torch.device("meta"):
+        subject = of_settings({"name": "torchvision", "network": network}, in_channels=3, num_classes=1000)
+    table = layer_table(subject.model, (64, 64))
+    # As their papers and torchvision state them
+    assert table.weights == {"resnet18": 11_689_512, "densenet121": 7_978_856, "efficientnet_b0": 5_288_548}[network]
+    assert table.weights_elsewhere == 0
+    last_maps = table.of_stage("backbone.stages.4")[-1]
+    assert last_maps.jump == (32, 32)
+    # Squeeze and excitation weighs maps with their mean over the image, so that each place sees all of it
+    assert last_maps.field == {"resnet18": (435, 435), "efficientnet_b0": (None, None)}.get(network, last_maps.field)
+    words = [text.get_text() for text in drawing_figure(table).axes[0].texts]
+    assert "mean pool" in words and "fully connected" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("segnet", {"pool indices", "max unpool 2×2, stride 2×2"}),
+        ("attention_unet", {"gate → concat", "concat", "interpolation"}),
+        ("unet_plus_plus", {"nested.0.1", "mean", "result"}),
+        ("deepmedic", {"1 of 3 voxels", "concat"}),
+        ("fcn", {"add", "backbone.stages.0"}),
+    ],
+)
+def test_drawings_say_how_maps_meet(name, expected):
+    with torch.device("meta"):
+        subject = of_settings({"name": name})
+    words = {text.get_text() for text in drawing_figure(layer_table(subject.model, subject.size)).axes[0].texts}
+    assert expected <= words

@@ -19,8 +19,9 @@ from faults import SCENARIOS, FaultyDisk, Materials, call, count, inject, materi
 
 from medseg.bundle import checkpoint_path, read_checkpoint
 from medseg.data import sampling
-from medseg.errors import Code, of_machine
+from medseg.errors import Code, MedsegError, of_machine
 from medseg.training.loop import Loop
+from medseg.training.train import TrainResult
 
 # TensorBoard's thread says itself that its disk is full, before the training does.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -227,6 +228,30 @@ def test_clocks_that_jump_change_nothing(
         for folder in (references["train"][0], tmp_path)
     )
     assert jumped["step"] == straight["step"] and 0 <= jumped["minutes"] < 10
+
+
+def test_a_trial_that_met_a_full_disk_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has no room for a checkpoint may well have some for a line of the study."""
+    pytest.importorskip("optuna")
+    from medseg import tuning
+
+    tried: list[str] = []
+
+    def fake(experiment: object, run: Path, *_: object) -> TrainResult:
+        tried.append(run.name)
+        if len(tried) == 2:
+            raise MedsegError(Code.OUTPUT, "the disk is full")
+        run.mkdir(parents=True)
+        return TrainResult(run, 0.5, 5, 0.1, None)
+
+    monkeypatch.setattr(tuning, "train", fake)
+    monkeypatch.setattr(tuning, "conclude_sweep", lambda *_: None)
+    command = ["tune", "-o", str(tmp_path / "search"), "--trials", "3", "data.root=.", "seed=1,2"]
+    status, said = call(command)
+    assert status == 2 and "E_OUTPUT" in said
+    status, said = call(command)
+    assert status == 0 and "trial_001 was cut short and goes on" in said, said
+    assert tried == ["trial_000", "trial_001", "trial_001", "trial_003"]
 
 
 @pytest.mark.parametrize("gone", ["image", "store"])

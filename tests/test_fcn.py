@@ -28,7 +28,7 @@ def pair(classifier: dict, spatial_dims: int, **settings):
     model = MODELS.build({"name": "fcn", "classifier": classifier, **settings}, **context)
     tensors = source.state_dict()
     load_backbone(model.backbone, dict(source.backbone.state_dict()))
-    assert model.load_classifier(tensors) == []
+    model.load_classifier(tensors)
     return source.eval(), model.eval()
 
 
@@ -43,7 +43,7 @@ def test_scores_are_the_classifiers_where_its_window_is_the_image(spatial_dims, 
     source = CLASSIFIERS.build(classifier, **context).eval()
     model = MODELS.build({"name": "fcn", "classifier": classifier, "output_stride": 4}, **context).eval()
     load_backbone(model.backbone, dict(source.backbone.state_dict()))
-    assert model.load_classifier(source.state_dict()) == []
+    model.load_classifier(source.state_dict())
     x = torch.randn(2, 1, *(4 * window,) * spatial_dims)
     with torch.no_grad():
         expected, scores = source(x), model.coarse_scores(x)
@@ -129,12 +129,14 @@ def test_the_default_has_five_poolings_and_weights_that_follow():
     assert sum(p.numel() for p in model.parameters()) == convolutions + connected + skips
 
 
-def test_scores_of_other_classes_begin_anew():
+def test_layers_of_other_sizes_are_refused():
     source, _ = pair(CNN, 2)
     other = MODELS.build({"name": "fcn", "classifier": CNN}, in_channels=1, num_classes=2, spatial_dims=2)
     before = other.heads[0].convolution.weight.clone()
-    assert other.load_classifier(source.state_dict()) == ["the scores begin anew, for 2 instead of 3 classes"]
+    other.load_classifier(source.state_dict(), with_scores=False)
     assert torch.equal(other.heads[0].convolution.weight, before)
+    with pytest.raises(MedsegError, match=r"head\.scores"):
+        other.load_classifier(source.state_dict())
     flat = {**CNN, "head": "flatten", "hidden": [4], "image_size": 24}
     wrong = CLASSIFIERS.build(flat, in_channels=1, num_classes=3, spatial_dims=2)
     target = MODELS.build(

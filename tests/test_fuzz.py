@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from dicom_phantom import GTV, write_seg, write_series
 from fuzz_damage import damaged_json, damaged_value, damaged_yaml
 from fuzz_formats import FORMATS, Format, attempt
+from fuzz_guided import Drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian
@@ -223,3 +225,29 @@ def test_what_fuzzing_found_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "history.csv"
     path.write_bytes(b"step,train_loss\n1,0.5\n\x9c,0.4\n3,0.3\n")
     assert read_history(path)["train_loss"] == ([1, 3], [0.5, 0.3])
+
+
+def test_what_atheris_mutates_is_what_the_damage_is_drawn_from(tmp_path: Path) -> None:
+    """The same bytes give the same input; other bytes others; and no bytes are enough for any choice."""
+    form = FORMATS["tables"]
+    form.make(tmp_path / "seeds")
+    made = []
+    for number, data in enumerate((b"", b"", Random(1).randbytes(64), Random(2).randbytes(64))):
+        form.mutant(tmp_path / "seeds", tmp_path / str(number), Drawn(data))
+        files = sorted(path for path in (tmp_path / str(number)).rglob("*") if path.is_file())
+        made.append([(path.relative_to(tmp_path / str(number)), path.read_bytes()) for path in files])
+    assert made[0] == made[1] and made[2] != made[0] and made[3] != made[2]
+    assert Drawn(b"\xff" * 9).randrange(10) < 10 and 0 <= Drawn(b"\xff\xff").random() < 1
+
+
+@pytest.mark.slow
+def test_a_short_run_of_atheris(tmp_path: Path) -> None:
+    """scripts/fuzz_readers.py --engine atheris over one format: inputs are read, code is reached, nothing comes out."""
+    pytest.importorskip("atheris", reason='atheris is not installed: pip install "medseg[fuzz]"')
+    command = [sys.executable, str(WORKER.parent.parent / "scripts" / "fuzz_readers.py"), "--engine", "atheris"]
+    done = subprocess.run(
+        [*command, "--format", "tables", "--minutes", "0.2"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = ast.literal_eval(done.stdout.partition(" ")[2].strip())
+    assert said["inputs"] > 50 and said["edges"] > said["first_edges"] > 0

@@ -65,9 +65,12 @@ def test_it_runs_on_the_demo_and_names_the_worst_case(
 ) -> None:
     outputs = execute(demo / "runs", tmp_path, monkeypatch)
     assert [o for o in outputs if o["output_type"] == "error"] == []
-    # curves, Dice, three planes, profile, worst slices, one slice, uncertainty, saliency, held-out scan
-    assert num_figures(outputs) == 9
+    # curves, Dice, three planes, profile, worst slices, one slice, uncertainty, saliency, filters, held-out scan
+    assert num_figures(outputs) == 10
     assert text_of(outputs).count("most uncertain voxels hold") == 3
+    moved = re.findall(r"^(\d+×\d+×\d+) +([\d.]+)% +([\d.]+)%$", text_of(outputs), flags=re.MULTILINE)
+    assert [voxels for voxels, *_ in moved] == ["0×0×1", "0×0×2", "0×0×4", "4×4×4"]
+    assert all(0 < float(share) <= 100 for _, *shares in moved for share in shares)
     dice = defaultdict(list)
     with (demo / "runs" / "2000-01-01_12-00-00_unet" / "validation" / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -84,7 +87,7 @@ def test_it_runs_on_any_run_without_a_held_out_scan(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs = execute(tiny_run.run, tmp_path, monkeypatch)
-    assert num_figures(outputs) == 8
+    assert num_figures(outputs) == 9
     assert "No held-out scan" in text_of(outputs)
 
 
@@ -94,7 +97,7 @@ def test_it_is_shipped_with_outputs_and_without_traces_of_a_machine() -> None:
     notebook = json.loads(text)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert num_figures(outputs) == 9
+    assert num_figures(outputs) == 10
     assert [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"] == []
     assert [cell["metadata"] for cell in notebook["cells"]] == [{}] * len(notebook["cells"])
     shown = json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} for o in outputs])

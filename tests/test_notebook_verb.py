@@ -133,7 +133,10 @@ def test_list_says_what_they_teach(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for path in verb.shipped_notebooks():
         assert path.name in said
-    assert "Is it any good" in said
+    assert "Is it any good" in said and "and where is it not?" in said
+    assert not any(mark in said for mark in ("*", "`", "$"))
+    assert "You will see" not in said  # a list, which is not shown
+    assert max(map(len, said.splitlines())) <= verb.LONGEST_LINE
 
 
 def test_refusals(started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

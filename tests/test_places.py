@@ -10,6 +10,8 @@ import yaml
 
 from medseg.config import compose, resumed
 from medseg.errors import MedsegError
+from medseg.models import MODELS
+from medseg.models.classifiers import CLASSIFIERS
 from medseg.training.experiment import CONFIG_FILE, PLACES_FILE, Experiment, without_places, write_config
 
 SECRET = "/clinic/zqCanaryXj"
@@ -63,6 +65,13 @@ def test_every_key_that_takes_a_path_is_a_place() -> None:
         if field.name in ("root", "manifest", "store", "initial", "plan", "resume", "file", "folder", "path")
         and str(field.type).startswith("str")
     }
+    found |= {
+        ("model", field.name)
+        for registry in (MODELS, CLASSIFIERS)
+        for name in registry.names()
+        for field in dataclasses.fields(registry.part(name).config)
+        if field.name in ("weights", "classifier") and str(field.type).startswith("str")
+    }
     assert found | {("data", "split", "file")} == set(Experiment.places)
 
 
@@ -87,3 +96,17 @@ def test_damaged_places_are_refused(run: Path, text: str) -> None:
         assert error.code == "E_CONFIG"
     else:
         assert text == ""
+
+
+def test_words_that_stand_where_paths_may_are_none(tmp_path: Path) -> None:
+    stated = compose("train", ["data.root=x", "model=unet_resnet", "model.weights=imagenet"])
+    assert stated.model["weights"] == "imagenet"
+    values, places = without_places(stated)
+    assert values["model"]["weights"] == "imagenet" and "model.weights" not in places
+    stated = compose("train", ["data.root=x", "model=unet_resnet", f"model.weights={SECRET}/w.pth"])
+    write_config(stated, tmp_path)
+    (tmp_path / "bundle.json").write_text("{}")
+    assert SECRET not in (tmp_path / CONFIG_FILE).read_text()
+    assert resumed(tmp_path, []).model["weights"] == f"{SECRET}/w.pth"
+    table = compose("train", ["data.root=x", "model=fcn", "model.classifier={name: cnn}"])
+    assert without_places(table)[0]["model"]["classifier"] == {"name": "cnn"}

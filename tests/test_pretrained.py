@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
-from medseg.bundle import BUNDLE_FILE, MODEL_PREFIX, checkpoint_path, write_checkpoint
+from medseg.bundle import BUNDLE_FILE, MODEL_PREFIX, checkpoint_path, load_bundle, write_checkpoint
 from medseg.bundle.info import BUNDLE_FORMAT
+from medseg.config import compose, resumed
 from medseg.errors import Code, MedsegError
 from medseg.models import MODELS
 from medseg.models.classifiers import CLASSIFIERS
+from medseg.phantom import write_phantoms
 from medseg.torchvision_compat import prepare_torchvision
 from medseg.training.pretrained import imagenet_file, load_pretrained, own_names, read_weights, settled
+from medseg.training.train import train
 
 prepare_torchvision()
 import torchvision  # noqa: E402
@@ -47,7 +52,13 @@ def classification_run(run: Path, settings: dict) -> torch.nn.Module:
     torch.manual_seed(3)
     model = CLASSIFIERS.build(settings, in_channels=1, num_classes=2, spatial_dims=2)
     run.mkdir()
-    content = {"format": BUNDLE_FORMAT, "medseg": "0", "task": "classification", "model": {**settings, "weights": None}}
+    content = {
+        "format": BUNDLE_FORMAT,
+        "medseg": "0",
+        "task": "classification",
+        "model": {**settings, "weights": None},
+        "classes": ["a", "b"],
+    }
     (run / BUNDLE_FILE).write_text(json.dumps(content))
     tensors = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     write_checkpoint(checkpoint_path(run, "best"), {**tensors, "optimizer.0": torch.zeros(1)}, {})
@@ -189,12 +200,15 @@ def test_a_segmenter_of_a_classification_run_scores_as_it_did(tmp_path):
     kept = json.loads(json.dumps(settled(stated)))
     assert str(tmp_path) not in json.dumps(kept) and kept["classifier"]["image_size"] == 12
     model = MODELS.build(kept, in_channels=1, num_classes=2, spatial_dims=2).eval()
-    assert load_pretrained(model, stated) == [f"weights    of the classifier in {tmp_path / 'run'}"]
+    assert load_pretrained(model, stated, ["a", "b"]) == [f"weights    of the classifier in {tmp_path / 'run'}"]
     x = torch.randn(2, 1, 12, 12)
     with torch.no_grad():
         torch.testing.assert_close(model.coarse_scores(x)[:, :, 1, 1], source(x), rtol=0, atol=1e-5)
-    other = MODELS.build(kept, in_channels=1, num_classes=3, spatial_dims=2)
-    assert "for 3 instead of 2 classes" in load_pretrained(other, stated)[1]
+    for classes in (["b", "a"], ["background", "a", "b"]):
+        other = MODELS.build(kept, in_channels=1, num_classes=len(classes), spatial_dims=2).eval()
+        assert f"for {', '.join(classes)} instead of a, b" in load_pretrained(other, stated, classes)[1]
+        with torch.no_grad():
+            assert not torch.allclose(other.coarse_scores(x)[:, :2, 1, 1], source(x))
     with pytest.raises(MedsegError, match="two sets"):
         load_pretrained(model, {**stated, "weights": "imagenet"})
 
@@ -215,3 +229,34 @@ def test_what_is_no_run_of_a_classifier_is_refused(tmp_path):
 def test_frozen_stages_of_a_fresh_network_are_noticed():
     assert load_pretrained(resnet(), {"weights": None, "frozen_stages": 0}) == []
     assert "fresh weights" in load_pretrained(resnet(), {"weights": None, "frozen_stages": 2})[0]
+
+
+def test_a_training_begins_with_a_classifier_and_its_bundle_does_not_need_it(tmp_path):
+    """Plan, weights, bundle, places, resuming: through the train function."""
+    phantom = write_phantoms(tmp_path / "data", num_train=4, size=0.4)
+    source = classification_run(tmp_path / "classifier", {**CNN, "head": "average"})
+    source3d = CLASSIFIERS.build({**CNN, "head": "average"}, in_channels=1, num_classes=2, spatial_dims=3)
+    overrides = [
+        f"data.root='{phantom.train}'", "data.split.num_folds=2", "data.plan.patch_size=[16,24,24]", "model=fcn",
+        f"model.classifier='{tmp_path / 'classifier'}'", "model.output_stride=2", "model.frozen_stages=1",
+        "trainer.device=cpu", "trainer.max_steps=2", "trainer.num_validations=1", "trainer.ema=null",
+        "trainer.final_predictions=false", "trainer.report=false", "trainer.map_cases=0", "trainer.overlay_cases=0",
+    ]  # fmt: skip
+    run = tmp_path / "runs" / "fcn"
+    run.mkdir(parents=True)
+    with (tmp_path / "console.txt").open("w", encoding="utf-8") as log:
+        train(compose("train", overrides), run, Console(file=log, width=200))
+    said = (tmp_path / "console.txt").read_text()
+    assert "of the classifier in" in said and "inflated" in said and "instead of a, b" in said
+    for name in ("config.yaml", BUNDLE_FILE):
+        assert str(tmp_path) not in (run / name).read_text()
+    assert str(tmp_path / "classifier") in (run / "places.yaml").read_text()
+    shutil.rmtree(tmp_path / "classifier")
+    model = load_bundle(run).model
+    expected = source.backbone.state_dict()["stages.0.0.convolution.weight"]
+    found = model.backbone.state_dict()["stages.0.0.convolution.weight"]
+    torch.testing.assert_close(found.sum(2), expected)  # frozen
+    assert found.shape == source3d.backbone.state_dict()["stages.0.0.convolution.weight"].shape
+    with (tmp_path / "console.txt").open("w", encoding="utf-8") as log:
+        train(resumed(run, ["trainer.max_steps=3"]), run, Console(file=log))
+    assert "3 steps" in (tmp_path / "console.txt").read_text()

@@ -16,14 +16,18 @@ from test_training import weights
 
 from medseg.bundle import BundleInfo, load_bundle
 from medseg.config import compose, resumed
+from medseg.data.cases import find_cases
 from medseg.data.splits import read_split
+from medseg.data.survey import survey
 from medseg.errors import MedsegError
-from medseg.formats import write_image, write_label
+from medseg.formats import open_volume, write_image, write_label
 from medseg.labels import UNLABELLED
 from medseg.models import MODELS
 from medseg.pretraining.cases import found_images
+from medseg.pretraining.loop import Shown
 from medseg.pretraining.methods import METHODS
 from medseg.pretraining.methods.masked import random_blocks
+from medseg.pretraining.pictures import GAP, draw
 from medseg.pretraining.reconstruction import Fit, ReconstructionLoss, target_of
 from medseg.pretraining.train import PretrainResult
 from medseg.pretraining.train import train as pretrain
@@ -220,6 +224,7 @@ def test_a_run_tells_what_it_is(masked: Pretrained) -> None:
     assert info.method is not None and info.method["name"] == "masked" and info.labels == UNLABELLED
     assert info.model["name"] == "unet" and info.model["skip"] == "concat"  # of the segmenter to come
     assert json.loads((masked.run / "manifest.json").read_text())["kind"] == "run"
+    assert json.loads((masked.run / "bundle.json").read_text())["task"] == "pretraining"
     assert "labels     none" in masked.said and "unusual" not in masked.said
     split = read_split(masked.run / "split.json")
     assert len(split.train) + len(split.val) == 6 and not set(split.train) & set(split.val)
@@ -230,8 +235,24 @@ def test_a_run_tells_what_it_is(masked: Pretrained) -> None:
     assert [row["step"] for row in rows if row["train_loss"]] == ["1", "2", "3"]
     (validated,) = [row for row in rows if row["val_loss"]]
     explained = float(validated["val_explained"])
-    assert masked.result.best_score == pytest.approx(explained / (1 - min(explained, 0)), rel=1e-4) > -1
+    assert masked.result.best_score == pytest.approx(explained / (1 - min(explained, 0)), rel=1e-4)
+    assert -1 < masked.result.best_score < 1
     assert (masked.run / "curves.png").is_file() and list((masked.run / "tensorboard").iterdir())
+
+
+def test_a_picture_shows_what_was_seen_and_puts_the_reconstruction_in_its_place() -> None:
+    image = torch.linspace(0, 1, 4 * 8 * 8).view(1, 4, 8, 8)
+    asked = torch.zeros(1, 4, 8, 8)
+    asked[..., :4] = 1
+    shown = Shown("a", image, image * (1 - asked), torch.ones_like(image), asked, (4.0, 1.0, 1.0))
+    picture = draw(shown)
+    rows, pixels = picture.shape[0] - 2 * GAP, 8 * 24  # the top row: 8 × 8 voxels of 1 mm, 24 pixels each
+    assert picture.shape[1:] == (4 * pixels + 3 * GAP, 3) and rows > pixels
+    first = [picture[:pixels, i * (pixels + GAP) :][:, :pixels, 0].astype(int) for i in range(4)]
+    half = pixels // 2
+    assert (first[1][:, :half] == 0).all() and np.array_equal(first[1][:, half:], first[0][:, half:])
+    assert (first[2] == 255).all()
+    assert (first[3][:, :half] == 255).all() and np.array_equal(first[3][:, half:], first[0][:, half:])
 
 
 def test_it_segments_nothing_and_says_what_it_is_for(masked: Pretrained) -> None:
@@ -267,20 +288,16 @@ def fine_tune(pretrained: Path, folder: Path, *overrides: str) -> str:
 
 
 def test_a_segmenter_begins_with_encoder_and_decoder_of_masked_images(masked: Pretrained, tmp_path: Path) -> None:
-    said = fine_tune(masked.run, tmp_path / "run")
+    said = fine_tune(masked.run, tmp_path / "run", "fold=1")
     before, after = weights(masked.run, "best"), weights(tmp_path / "run", "best")
     taken = [name for name in after if "heads" not in name]
     assert len(taken) > 20 and all(torch.allclose(before[name], after[name], atol=1e-6) for name in taken)
     assert f"{len(taken)} of {len(after)} tensors taken from" in said and "a pretraining (masked)" in said
     assert "fresh, for they are the heads: heads.0" in said
+    assert "validate or test were among the images of the pretraining, without their labels: c" in said
     old, new = BundleInfo.read(masked.run), BundleInfo.read(tmp_path / "run")
     assert new.model == old.model and new.method is None
     assert new.plan.patch_size == old.plan.patch_size and new.plan.reasons["patch_size"] == REASON
-
-
-def test_cases_that_were_seen_without_labels_may_validate_and_it_is_said(masked: Pretrained, tmp_path: Path) -> None:
-    said = fine_tune(masked.run, tmp_path / "run", "fold=1")
-    assert "validate or test were among the images of the pretraining, without their labels: c" in said
 
 
 def test_of_an_autoencoder_in_2d_all_is_taken_that_fits_and_the_rest_said(tmp_path: Path) -> None:
@@ -288,7 +305,7 @@ def test_of_an_autoencoder_in_2d_all_is_taken_that_fits_and_the_rest_said(tmp_pa
     pictures.mkdir()
     for n in range(4):
         image = np.random.default_rng(n).integers(0, 255, (1, 24, 24)).astype(np.float32)
-        write_image(pictures / f"p{n}.png", Volume(image, Grid((24, 24), np.eye(3))))
+        write_image(pictures / f"p{n}.png", Volume(image, Grid.of_picture((24, 24))))
     flat = ("data.plan.patch_size=[16,16]", "method=autoencoder", "data.split.num_folds=2")
     done = run(pictures, tmp_path / "run", *flat)
     assert "autoencoder: all of a patch" in done.said
@@ -341,6 +358,19 @@ def test_keys_about_labels_are_refused(tmp_path: Path) -> None:
 def test_dicom_series_without_annotations_are_images_too(tiny_run) -> None:  # type: ignore[no-untyped-def]
     experiment = compose("pretraining", [f"data.root='{tiny_run.dicom.parent}'"])
     assert len(found_images(experiment.data).cases) == 1
+
+
+def test_without_labels_intensities_are_those_of_whole_images(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data", labels=True)
+    folder = found_images(compose("pretraining", [f"data.root='{data}'"]).data)
+    found = survey(folder, UNLABELLED.to_json(), num_threads=1)
+    images = np.concatenate([open_volume(case.images[0]).array.ravel() for case in folder.cases])  # type: ignore[arg-type]
+    (stats,) = found.intensity
+    assert stats.num_foreground == 0 and not found.anomalies
+    assert stats.mean == pytest.approx(float(images.mean()), abs=0.05)
+    assert (stats.minimum, stats.maximum) == pytest.approx((float(images.min()), float(images.max())))
+    with_labels = survey(find_cases(data), num_threads=1).intensity[0]
+    assert with_labels.mean > 2.5 > 0.5 > stats.mean  # of the balls alone
 
 
 def test_a_plan_of_labelled_data_is_kept(masked: Pretrained, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pickle
 import secrets
 import shutil
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -40,6 +41,7 @@ from medseg.remote import cluster as cluster_module
 from medseg.remote.cluster import Predictions, Worker, ray_engine
 from medseg.remote.exchange import Unreachable
 from medseg.remote.pool import AHEAD, ATTEMPTS, Failed, Pool, located, refuse_unpacked, sendable
+from medseg.remote.pool import cluster as start
 
 
 def cases_of(out: Path) -> list[dict]:
@@ -288,6 +290,30 @@ def test_workers_that_do_not_start() -> None:
 
     with pytest.raises(MedsegError, match="damaged"):
         work(FakeRay(lambda worker, case: done(case), refused), Books())
+
+
+def test_a_cluster_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises Exception itself where a busy machine is late."""
+    ended = []
+
+    def init(**settings: Any) -> None:
+        raise Exception("The current node timed out\nduring startup.")
+
+    module = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "ray", module)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(MedsegError, match=r"(?s)E_ARCHIVE: Ray does not start.*timed out during.*less busy"), start():
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with (
+        pytest.raises(MedsegError, match=r"(?s)E_ARCHIVE: the Ray cluster cannot be reached.*check RAY_ADDRESS"),
+        start(),
+    ):
+        pass
+    assert len(ended) == 2
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MedsegError, match=r"(?s)E_MISSING.*medseg\[ray\]"), start():
+        pass
 
 
 def test_errors_survive_the_way_between_processes() -> None:

@@ -27,7 +27,7 @@ def test_the_page_is_up_to_date(program: ModuleType) -> None:
 
 
 def test_what_was_not_measured_is_said(program: ModuleType, tmp_path: Path) -> None:
-    assert program.page(tmp_path).count("not measured yet") == 10
+    assert program.page(tmp_path).count("not measured yet") == 15
 
 
 def test_figures_are_added_up(program: ModuleType, tmp_path: Path) -> None:
@@ -41,7 +41,16 @@ def test_figures_are_added_up(program: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "faults.json").write_text(json.dumps(faults))
     kills = {"kills": 100, "failures": 0, "checkpoints_damaged": 0, "most_lost_steps": 4, "most_lost_seconds": 1.5}
     (tmp_path / "kills.json").write_text(json.dumps(kills))
+    of_processes = {**kills, "kills": 10, "failures": 1, "kills_of_a_follower": 3}
+    (tmp_path / "kills_of_processes.json").write_text(json.dumps(of_processes))
+    guided = {"inputs": 900, "seconds": 18, "first_edges": 381, "edges": 521, "failures": [{}]}
+    (tmp_path / "atheris.json").write_text(json.dumps({"tables": guided, "plan": {**guided, "failures": []}}))
     page = program.page(tmp_path)
+    assert "| inputs damaged as coverage guides (atheris) | 1,800 in 2 formats | 1 |" in page
+    assert "| tables | 900 | 1 | 381 | 521 | 18 s |" in page
+    assert (
+        "| kills of one of the two processes of a training | 10 | 1 |" in page and "| kills of a follower | 3 |" in page
+    )
     assert "| damaged inputs read | 1,511 in 2 formats | 1 |" in page
     assert "| disks full, read-only or failing | 20 | 1 | 2,048 bytes |" in page
     assert "| tests of other faults | 2 | 1 |" in page

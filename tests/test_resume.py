@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from medseg.cli import main
 from medseg.config import resumed
 from medseg.data.sampling import PatchSampler
 from medseg.errors import MedsegError
+from medseg.inference.verification import Status, verify
 from medseg.training import engine, loop, state
 from medseg.training.averaging import WeightAverage
 from medseg.training.journal import HISTORY_FILE, Journal, _rows
@@ -427,6 +429,12 @@ def test_folds_whose_conclusion_is_cut_short_have_no_manifest(
     settings = ("trainer.max_steps=1", "trainer.num_validations=1", "data.split.num_folds=2", "folds=all")
     run(tiny_run.data, folder, *settings)
     assert (folder / MANIFEST_FILE).is_file()
+    whole = verify(folder)
+    members = {f"fold_{number}/checkpoints/best.safetensors" for number in range(2)}
+    assert whole.is_ok and members < {finding.name for finding in whole.findings}
+    shutil.copytree(folder, tmp_path / "changed")
+    (tmp_path / "changed" / "fold_1" / "plan.yaml").write_text("patch_size: []")
+    assert [f.name for f in verify(tmp_path / "changed").findings if f.status is Status.WRONG] == ["fold_1/plan.yaml"]
 
     def die(*_: object) -> None:
         raise Killed
@@ -464,11 +472,14 @@ def test_a_save_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_killed_again_and_again(tmp_path: Path, devices: int) -> None:
     """scripts/kill_training.py with few kills; docs/reliability.md has the figures of many."""
     script = REPOSITORY / "scripts" / "kill_training.py"
+    if devices > 1 and not Path("/proc/self/stat").exists():
+        pytest.skip("finds the processes in /proc")
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "3", "--steps-per-kill", "120"],
+        [sys.executable, str(script), "--kills", "3", "--steps-per-kill", "120", "--devices", str(devices)],
         capture_output=True,
         text=True,
         timeout=900,
@@ -479,3 +490,6 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     results = json.loads(done.stdout)
     assert results["kills_aimed_at_saves"] == 1
     assert results["kills"] == 3 and results["same_weights_as_without_kills"] == "yes"
+    if devices > 1:
+        of_each = {name: number for name, number in results.items() if name.startswith("kills_of_")}
+        assert len(of_each) == 3 and set(of_each.values()) == {1}

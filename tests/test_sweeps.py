@@ -61,8 +61,8 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     )
     (tmp_path / "3_other" / "folds.json").write_text("{}")
     runs = read_sweep(tmp_path)
-    assert [run.dice for run in runs][:2] == [0.6, 0.7] and math.isnan(runs[2].dice)
-    assert runs[3].dice == pytest.approx(0.3) and runs[3].minutes == pytest.approx(1.5)
+    assert [run.score for run in runs][:2] == [0.6, 0.7] and math.isnan(runs[2].score)
+    assert runs[3].score == pytest.approx(0.3) and runs[3].minutes == pytest.approx(1.5)
     assert runs[0].curve == ([0.5, 1.0, 1.5], [0.2, 0.6, 0.5])
     assert set(differing(runs)) == {"model.name", "optimizer.lr"}
     said = io.StringIO()
@@ -75,6 +75,17 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     with pytest.raises(MedsegError, match="E_RUN: there are no runs"):
         read_sweep(tmp_path / "3_other" / "fold_0")
+
+
+def test_runs_of_another_task_side_by_side(tmp_path: Path) -> None:
+    for number, auc in enumerate((0.7, 0.9)):
+        made_run(tmp_path / f"{number}_cnn", {"task": "classification", "seed": number}, [])
+        (tmp_path / f"{number}_cnn" / "history.csv").write_text(f"step,minutes,train_loss,val_auc\n1,0.5,0.1,{auc}\n")
+    said = io.StringIO()
+    conclude_sweep(tmp_path, Console(file=said, width=120))
+    assert "AUC" in said.getvalue() and "Dice:" not in said.getvalue()
+    assert said.getvalue().index("1_cnn") < said.getvalue().index("0_cnn")
+    assert (tmp_path / "sweep.csv").read_text().startswith("run,seed,best_validation_auc,")
 
 
 def test_what_is_searched() -> None:
@@ -191,6 +202,27 @@ def test_a_sweep_of_hydra_is_compared_and_goes_on_after_a_refusal(
     sweep(tmp_path / "other", "seed=1,2")  # and nothing of the last one is left
 
 
+def test_a_job_that_slurm_begins_again_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit requeues a job whose time is over: the same command, in the folder where its run has begun."""
+    monkeypatch.chdir(tmp_path)
+    folder, given = tmp_path / "run", []
+
+    def task(experiment: Experiment, run: Path) -> None:
+        given.append((experiment.resume, experiment.seed))
+        if experiment.resume is None:
+            write_config(experiment, run)
+
+    arguments = [f"hydra.run.dir='{folder}'", "seed=5"]
+    run_hydra("train", arguments, task)
+    with pytest.raises(MedsegError, match="E_OUTPUT: the run's folder is not empty"):
+        run_hydra("train", arguments, task)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run_hydra("train", arguments, task)  # ended before it had settled what it begins with
+    (folder / BUNDLE_FILE).write_text("{}")
+    run_hydra("train", arguments, task)
+    assert given == [(None, 5), (None, 5), (str(folder), 5)]
+
+
 @pytest.mark.slow
 def test_through_submitit(tiny_run, tmp_path: Path) -> None:
     """The launcher for SLURM, with its executor on this machine."""
@@ -208,7 +240,7 @@ def test_through_submitit(tiny_run, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = read_sweep(tmp_path / "sweep")
-    assert [run.settings["seed"] for run in runs] == [0, 1] and all(run.dice >= 0 for run in runs)
+    assert [run.settings["seed"] for run in runs] == [0, 1] and all(run.score >= 0 for run in runs)
     assert (tmp_path / "sweep" / "sweep.csv").is_file() and "0_unet" in done.stdout
 
 
@@ -236,7 +268,8 @@ def test_a_search_over_real_trainings(tiny_run, tmp_path: Path, monkeypatch: pyt
     begun = read_counters(second).step
 
     sampler = optuna.samplers.TPESampler
-    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda seed: sampler(seed=3))  # the same values in each test
+    # The same values each time this test runs
+    monkeypatch.setattr(optuna.samplers, "TPESampler", lambda seed=None: sampler(seed=3))
     said = io.StringIO()
     tuning.tune(stated, folder, num_trials=12, prunes=True, console=Console(file=said, width=200))
     assert "trial_001 was cut short and goes on" in said.getvalue()
@@ -251,12 +284,12 @@ def test_a_search_over_real_trainings(tiny_run, tmp_path: Path, monkeypatch: pyt
         if trial.state.name == "PRUNED":
             assert len(trial.intermediate_values) < 5 and ENDED_EARLY in (folder / run.name / "refused.txt").read_text()
         elif trial.state.name == "COMPLETE":
-            assert run.dice == pytest.approx(trial.value, abs=1e-6)
+            assert run.score == pytest.approx(trial.value, abs=1e-6)
     with (folder / "sweep.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 12
     assert (folder / "sweep.png").stat().st_size > 10_000
     best = runs[study.best_trial.user_attrs["run"]]
     assert f"best of {states['COMPLETE']}: {best.name}" in said.getvalue()
-    assert best.dice == max(run.dice for run in runs.values() if run.refused is None)
+    assert best.score == max(run.score for run in runs.values() if run.refused is None)
     if keep := os.environ.get("MEDSEG_KEEP_SEARCH"):  # to look at the picture
         shutil.copytree(folder, keep)

@@ -72,6 +72,9 @@ def test_a_run_has_filters_maps_and_its_row_of_the_sweep(tiny_run: TinyRun) -> N
     assert len(events.Images("filters/encoder.0.block.0.0.convolution")) == 2  # validations
     assert len(events.Images(f"maps/{case}/encoder.2")) == 2 and len(events.Images(f"maps/{case}/image")) == 1
     assert events.Tags()["histograms"] == []
+    for voxels in (1, 4):  # and the divisor
+        shares = [scalar.value for scalar in events.Scalars(f"equivariance/moved by {voxels}")]
+        assert len(shares) == 2 and all(0 < share <= 1 for share in shares)
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     content = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/session_start_info"])

@@ -119,7 +119,7 @@ class BundleInfo:
             "swap": dict(self.swap),
         }
         if self.method is not None:
-            content["method"] = dict(self.method)
+            content |= {TASK_KEY: "pretraining", "method": dict(self.method)}
         write_atomically(run / BUNDLE_FILE, json.dumps(content, indent=2).encode())
 
     @classmethod

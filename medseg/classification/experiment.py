@@ -85,7 +85,7 @@ class ClassificationDataConfig:
 class ClassificationTrainerConfig(TrainerConfig):
     """The loop of a classifier."""
 
-    positive: ClassVar[tuple[str, ...]] = (*TrainerConfig.positive, "batch_size")
+    positive: ClassVar[tuple[str, ...]] = (*TrainerConfig.positive, "batch_size", "overfit_cases")
 
     batch_size: int = 32
     """Images of a batch."""
@@ -97,9 +97,12 @@ class ClassificationTrainerConfig(TrainerConfig):
     """Learning rate of all that lies before the head, as a multiple of the head's: such as 0.1 where it begins with
     trained weights. See model.frozen_stages for 0."""
     score: Literal["auc", "balanced_accuracy", "loss"] = "auc"
-    """What decides which weights are the best: the mean area under the ROC curves, the mean recall, or the loss."""
+    """What decides which weights are the best: the mean area under the ROC curves, the mean recall, or the loss; of
+    equal ones those with the lowest loss."""
     operating_points: tuple[str, ...] = ("youden", "sensitivity>=0.95", "specificity>=0.95")
     """How thresholds are chosen, on the validation images: youden, sensitivity>=X, specificity>=X, threshold=X."""
+    overfit_cases: int | None = None
+    """Debugging: train on this many images of each class and validate on the same ones."""
     worst_cases: int = 6
     """Cases that the report shows with a map of what spoke for the predicted class (Grad-CAM)."""
     report: bool = True

@@ -229,7 +229,27 @@ def predict_cases(
     return Predictions(tuple(names), classes, shares, classifier.thresholds, bad)
 
 
-def predict_inputs(
+def refuse_options(stated: Mapping[str, object]) -> None:
+    """Refuse options of `medseg predict` that only a segmenter has.
+
+    Args:
+        stated: option → whether it was given.
+    Raises:
+        MedsegError: E_CONFIG.
+    """
+    given = [name for name, value in stated.items() if value]
+    if given:
+        raise MedsegError(
+            Code.CONFIG,
+            f"a run that classifies does not take {', '.join(given)}",
+            where=given[0],
+            expected="--checkpoint, --device, --precision, --batch-size, --on-bad-case, --overwrite, and how files are "
+            "read",
+            remedy="leave it out: predictions.csv holds the class and all probabilities",
+        )
+
+
+def classify_inputs(
     run: Path,
     inputs: Sequence[Path],
     output: Path,
@@ -240,7 +260,7 @@ def predict_inputs(
     precision: str = "auto",
     reading: Reading,
     batch_size: int | None = None,
-    on_bad_case: str = "error",
+    skip_bad: bool = False,
     overwrite: bool = False,
 ) -> Predictions:
     """Classify images and write the table.
@@ -255,7 +275,7 @@ def predict_inputs(
         precision: the same.
         reading: as in `open_volume`.
         batch_size: images of a forward pass; None: `BATCH`.
-        on_bad_case: "error" or "skip".
+        skip_bad: leave images out that cannot be used; else the first ends it.
         overwrite: replace a table that is there.
     Raises:
         MedsegError: E_OUTPUT where a table is there already; what reading refuses.
@@ -278,7 +298,7 @@ def predict_inputs(
             reading,
             device=chosen,
             precision=choose_precision(precision, chosen),
-            skip_bad=on_bad_case == "skip",
+            skip_bad=skip_bad,
             batch_size=batch_size or BATCH,
             progress=progress,
         )
@@ -304,36 +324,3 @@ def predict_inputs(
         markup=False,
     )
     return predictions
-
-
-def evaluated(predictions: Predictions, references: Sequence[ImageCase]) -> tuple[list[int], list[int], dict[str, str]]:
-    """Match predictions with references by their ids.
-
-    Returns:
-        Rows of the predictions, their classes, and case → patient where known.
-    Raises:
-        MedsegError: E_MISSING where a reference has no prediction, E_LABEL for a class that the model does not know.
-    """
-    row_of = {case: number for number, case in enumerate(predictions.cases)}
-    absent = [case.case_id for case in references if case.case_id not in row_of]
-    if absent:
-        raise MedsegError(
-            Code.MISSING,
-            f"{len(absent)} of {len(references)} references have no prediction",
-            where=", ".join(absent[:3]),
-            expected="the same names of cases on both sides",
-            got=f"{len(row_of)} predictions, such as {next(iter(row_of), 'none')}",
-            remedy="predict these images too, or take them out of the references",
-        )
-    unknown = sorted({str(case.class_name) for case in references} - set(predictions.classes))
-    if unknown:
-        raise MedsegError(
-            Code.LABEL,
-            "the references have classes that the model does not know",
-            expected=", ".join(predictions.classes),
-            got=", ".join(unknown),
-            remedy="name the classes alike; classes of an npz are named by --labels",
-        )
-    rows = [row_of[case.case_id] for case in references]
-    truth = [predictions.classes.index(str(case.class_name)) for case in references]
-    return rows, truth, {case.case_id: case.patient for case in references if case.patient is not None}

@@ -171,7 +171,7 @@ class Sight:
         if self.normalisation == "dataset":
             low, high, centre, deviation = (_beside(column, array) for column in zip(*self.intensity, strict=True))
             return ((np.clip(array, low, high) - centre) / np.maximum(deviation, 1e-6)).astype(np.float32)
-        shares = _as_shares(array)
+        shares = _as_shares(array, is_picture=self.spacing_mm is None)
         if self.normalisation == "rescale":
             return shares
         mean3, std3 = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
@@ -330,10 +330,10 @@ def _fitted(array: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.flo
     )
 
 
-def _as_shares(array: NDArray[np.float32]) -> NDArray[np.float32]:
+def _as_shares(array: NDArray[np.float32], *, is_picture: bool) -> NDArray[np.float32]:
     """From 0 to 1: pictures of 8 bits by their type's range, others from their least to their largest value."""
     low, high = float(array.min()), float(array.max())
-    if low >= 0 and 1 < high <= EIGHT_BITS and bool((array == np.rint(array)).all()):
+    if is_picture and low >= 0 and 1 < high <= EIGHT_BITS and bool((array == np.rint(array)).all()):
         return array / np.float32(EIGHT_BITS)
     return (array - np.float32(low)) / np.float32(high - low if high > low and math.isfinite(high - low) else 1.0)
 

@@ -28,6 +28,7 @@ from medseg.cli.notebook import notebook
 from medseg.cli.predict import predict
 from medseg.cli.prepare import prepare
 from medseg.cli.select import select
+from medseg.cli.survival import survival
 from medseg.cli.train import plan, train
 from medseg.cli.tune import tune
 from medseg.cli.verify import verify
@@ -46,6 +47,7 @@ VERBS = (
     evaluate,
     compare,
     measure,
+    survival,
     verify,
     notebook,
     doctor,
@@ -72,6 +74,7 @@ HELP = """From a folder of medical scans to a trained, validated, usable segment
   medseg evaluate PREDICTIONS REFERENCES -o OUT   honest numbers, per case and class
   medseg compare SCORES SCORES                    which of two models is better, and whether that is chance
   medseg measure IMAGE LABEL -o features.csv      shape, intensity, texture and edges of structures, as a table
+  medseg survival features.csv outcomes.csv       Cox model and Kaplan–Meier over such tables
   medseg verify RUN                               whether its files are what they were when it was made
   medseg notebook RUN                             look at it in Jupyter, slice by slice; and see how networks work
   medseg doctor                                   what this machine can do, and what to do where it cannot

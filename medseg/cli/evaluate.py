@@ -70,6 +70,9 @@ def evaluate(
     volume error, per case and class, with mean, median, standard deviation and the mean's 95 % interval; by name also
     clDice, boundary IoU, lesions, instances and cells (--metrics).
 
+    Of predicted classes (predictions.csv of a run of task=classification) against class folders, a CSV or an npz: ROC
+    curves with areas, sensitivity and specificity at operating points, confusion, calibration.
+
     A missed structure never improves a mean: its
     Dice is 0 and its distances are the diagonal of the scan; such cases are counted.
 
@@ -87,6 +90,8 @@ def evaluate(
         raise click.UsageError("--images are for the pictures of --report")
     from rich.console import Console
 
+    from medseg.classification.predict import is_predictions
+    from medseg.classification.scoring import evaluate_predictions
     from medseg.formats.label_table import table_of
     from medseg.labels import Labels
     from medseg.metrics.metric import metric_names
@@ -94,6 +99,12 @@ def evaluate(
     from medseg.reports.progress import counting_bar
     from medseg.reports.tables import print_evaluation
 
+    if is_predictions(predictions):
+        table = None if labels is None else table_of(labels)
+        skip = missing == "skip"
+        evaluate_predictions(predictions, references, Console(), output=output, labels=table, patients=patients,
+                             skip_missing=skip, report=report)  # fmt: skip
+        return
     if instances and metrics is None:
         metrics = "default,pq,sq,rq"
     names = None if metrics is None else metric_names(f"dice,{metrics}")

@@ -14,12 +14,13 @@ from medseg.errors import MedsegError
 
 if TYPE_CHECKING:
     from medseg.explain.subject import Subject
+    from medseg.explain.tile import Scene
     from medseg.formats import Reading
 
 RUN_FILES = ("bundle.json", "folds.json", "ensemble.json")
 """One of them lies in a run, a run of several folds, or an ensemble."""
 PLAN_FILE = "plan.yaml"
-_OVERRIDE = re.compile(r"(model|preset)(\.\w+)*=")
+_OVERRIDE = re.compile(r"(task|model|preset)(\.\w+)*=")
 _SHOWN = "filters,maps,excitation,saliency,shifts"
 
 
@@ -106,7 +107,8 @@ def inspect_model(
     """Look inside a network: its layers, what they see and cost, and what they have learnt.
 
     MODEL is a run (or what medseg select or export made of runs), a plan (a folder or plan.yaml, also with
-    model=NAME), or a configuration: model=NAME and keys of it, as medseg train takes them.
+    model=NAME), or a configuration: model=NAME and keys of it, as medseg train takes them. Classifiers (model=resnet18)
+    have a table and pictures like segmenters.
 
     The table says of each layer the size of its result, its receptive field, weights (with and without weight
     sharing), multiply-adds and memory. A size that the network cannot take is refused, with the nearest that fit.
@@ -114,6 +116,7 @@ def inspect_model(
     \b
       medseg inspect model=unet_2015 --size 572x572
       medseg inspect model=fusionnet model.skip=concat --size 640x640 -o drawing
+      medseg inspect model=resnet18 --channels 3 --classes 1000
       medseg inspect PLAN
       medseg inspect RUN --effective
       medseg inspect RUN --image scan.nii.gz -o inside
@@ -124,19 +127,18 @@ def inspect_model(
     from medseg.device import choose_device
     from medseg.errors import Code, MedsegError
     from medseg.explain.look import Wanted, draw_subject, print_subject
-    from medseg.explain.tile import Scene
 
     console = Console()
     where = choose_device(device)
     chosen = _subject(subject, size=size, channels=channels, classes=classes, checkpoint=checkpoint, device=where)
-    if image is not None and (chosen.info is None or folder is None):
+    if image is not None and not (chosen.is_trained and folder is not None):
         raise MedsegError(
             Code.CONFIG,
             "a scan is looked at through a trained network, into a folder",
             where="--image",
             remedy="medseg inspect RUN --image SCAN -o FOLDER",
         )
-    if tensorboard and (chosen.info is None or folder is None):
+    if tensorboard and not (chosen.is_trained and folder is not None):
         raise MedsegError(
             Code.CONFIG,
             "TensorBoard gets pictures of a trained network, in a folder",
@@ -153,13 +155,13 @@ def inspect_model(
         )
     wanted = Wanted(effective, layers, class_name, tuple(part.strip() for part in show.split(",")), steps)
     scene = None
-    if image is not None and chosen.info is not None:
-        scene = Scene.read(image, chosen.info, _place(at), reading)
+    if image is not None:
+        scene = _scene(chosen, Path(subject[0]), image, _place(at), reading)
     chosen.model.to(where)
     table = print_subject(
         chosen, console, as_json=as_json, precision=precision, every=every, wanted=wanted, folder=folder, scene=scene
     )
-    if folder is not None and chosen.info is not None:
+    if folder is not None and chosen.is_trained:
         said = Console(stderr=True) if as_json else console
         draw_subject(chosen, table, folder, said, wanted=wanted, scene=scene, tensorboard=tensorboard)
 
@@ -169,7 +171,7 @@ def _subject(
 ) -> Subject:
     """The network that the arguments name."""
     from medseg.errors import Code, MedsegError
-    from medseg.explain.subject import of_plan, of_run, of_settings, parsed_size
+    from medseg.explain.subject import Subject, of_plan, of_run, of_settings, parsed_size
     from medseg.inference.members import is_model
 
     lengths = None if size is None else parsed_size(size)
@@ -187,7 +189,7 @@ def _subject(
     if overrides:
         from medseg.config import compose
 
-        settings = compose("train", overrides).model
+        settings = compose(_config_of(overrides), overrides).model
     if not paths:
         return of_settings(settings or {}, in_channels=channels, num_classes=classes, size=lengths)
     if not is_model(paths[0]):
@@ -199,7 +201,45 @@ def _subject(
             where=overrides[0],
             remedy="leave it out, or leave the run out: medseg inspect " + " ".join(overrides),
         )
+    from medseg.classification.bundle import is_classifier, load_classifier
+
+    if is_classifier(paths[0]):
+        found = load_classifier(paths[0], checkpoint=checkpoint, device=device)
+        name = f"{found.info.model['name']} of {paths[0].name}"
+        return Subject(
+            name, found.model, found.info.model, lengths or found.info.sight.size, classes=found.info.classes
+        )
     return of_run(paths[0], checkpoint=checkpoint, device=device, size=lengths)
+
+
+def _config_of(overrides: Sequence[str]) -> str:
+    """The main configuration of the task that is named, or else of the first that has such a network."""
+    from medseg.tasks import SEGMENTATION, TASKS, task_of
+
+    names = [override.partition("=")[2] for override in overrides if override.startswith("model=")]
+    if names and not any(override.startswith("task=") for override in overrides):
+        able = [task.config for task in TASKS.values() if names[-1] in task.options("model")]
+        return able[0] if able else TASKS[SEGMENTATION].config
+    return task_of(overrides).config
+
+
+def _scene(subject: Subject, run: Path, path: Path, at: tuple[float, ...] | None, reading: Reading) -> Scene:
+    """The scan as the network sees it, and where in it to look."""
+    from medseg.explain.tile import Scene
+
+    if subject.info is not None:
+        return Scene.read(path, subject.info, at, reading)
+    import torch
+
+    from medseg.classification.bundle import ClassifierInfo
+    from medseg.classification.images import ImageCase, open_image
+    from medseg.errors import Code, MedsegError
+
+    if at is not None:
+        raise MedsegError(Code.CONFIG, "a classifier sees the whole image", where="--at", remedy="leave it out")
+    sight = ClassifierInfo.read(run).sight
+    image = torch.from_numpy(sight.prepare(open_image(ImageCase(path.name, path), reading), where=path.name))
+    return Scene(image, tuple(n // 2 for n in image.shape[1:]))
 
 
 def _place(text: str | None) -> tuple[float, ...] | None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 FAMILIES = "shape,intensity,histogram,glcm,glrlm,glszm,gldm,ngtdm,edge"
 
+FLAT = 2.0
+"""Voxels that are longer than this by their width are spoken of."""
+
 
 @click.command("measure", short_help="Features of structures: shape, intensity, texture, edges; embeddings.")
 @click.argument("images", metavar="IMAGE", type=click.Path(path_type=Path))
@@ -30,13 +33,15 @@ FAMILIES = "shape,intensity,histogram,glcm,glrlm,glszm,gldm,ngtdm,edge"
               "nor --bin-width is given): for units without a meaning, as of MR.")  # fmt: skip
 @click.option("--bin-width", type=float, help="Width of a grey level instead, in units of the image: for CT, say 25.")
 @click.option("--bin-origin", type=float,
-              help="Where bins of that width begin; else at the lower end of --range, else at the structure's minimum.")  # fmt: skip
+              help="Where bins of that width begin; else at the lower end of --range, else at the structure's "
+              "minimum.")  # fmt: skip
 @click.option("--range", "intensities", type=float, nargs=2, metavar="LOW HIGH",
               help="Only voxels between these intensities count (not for the shape).")  # fmt: skip
 @click.option("--outliers", type=float, metavar="SD",
               help="Only voxels within so many standard deviations of the structure's mean count.")  # fmt: skip
 @click.option("--spacing", metavar="MM",
-              help="Resample to cubes of this size first, or to three sizes between commas (slice, row, column).")  # fmt: skip
+              help="Resample to cubes of this size first, or to three sizes between commas (slice, row, "
+              "column).")  # fmt: skip
 @click.option("--order", default=3, show_default=True, type=int, help="Spline of the resampling: 1 (linear) or 3.")
 @click.option("--texture", default="3d", show_default=True,
               type=click.Choice(["3d", "3d-merged", "2.5d", "2.5d-merged", "2d", "2d-merged"]),
@@ -78,10 +83,10 @@ def measure(
 ) -> None:
     """Measure the structures of LABEL in IMAGE: two files, or two folders with the same case names.
 
-    About 170 features to the definitions of the IBSI, one row for each case and structure, with how they were computed:
-    a table for statistics. LABEL may be a SEG or RTSTRUCT file; of a tree of DICOM files with such files name the tree
-    twice. Features that do not exist (of an empty structure, of a single voxel) are empty, and the column missing says
-    why.
+    150 features, to the definitions of the IBSI where it has them; one row for each case and structure, which also says
+    how it was measured: a table for statistics. LABEL may be a SEG or RTSTRUCT file; of a tree of DICOM files that
+    holds such files, name the tree twice. Features that do not exist (of an empty structure, of a single voxel) are
+    empty, and the column missing says why.
 
     \b
       medseg measure scan.nii.gz label.nii.gz -o features.csv
@@ -155,11 +160,23 @@ def measure(
         if row.about.get("missing"):
             said = ", ".join(filter(None, (row.about["case"], row.about.get("label"))))
             console.print(f"{said}: {row.about['missing']}", style="yellow", highlight=False, markup=False)
+    if texture.startswith("3d") and not settings.spacing_mm and any(_flatness(row.about) > FLAT for row in rows):
+        console.print(
+            f"voxels are more than {FLAT:g} times as long as wide: textures in 3D mix near and far neighbours; "
+            "--texture 2.5d keeps to the slices, --spacing makes cubes",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     num_features = max((len(row.values) for row in rows), default=0)
     console.print(
         f"written: {output} ({len(cases)} cases, {len(rows)} rows, {num_features} features)",
         highlight=False, soft_wrap=True, markup=False,
     )  # fmt: skip
+
+
+def _flatness(about: dict[str, str]) -> float:
+    """How many times longer than wide the voxels of a case are."""
+    sides = [float(side) for side in about.get("spacing", "").split()]
+    return max(sides) / min(sides) if sides else 1.0
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

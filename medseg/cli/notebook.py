@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ INSPECTION = "04_inspect_predictions.ipynb"
 """The notebook about a run."""
 USUAL_RUNS = ("runs", "demo/runs")
 """Where `medseg train` and `medseg demo` put runs."""
+LONGEST_LINE = 100
+"""Columns of what is said of a notebook, on wide terminals."""
 SERVERS = ("jupyterlab", "notebook")
 """Jupyter's programs, the best first."""
 SILENT = (
@@ -57,7 +60,9 @@ def notebook(run: Path | None, folder: Path, browser: bool, port: int, allow_roo
     if only_list:
         for path in shipped:
             title, says = first_words(path)
-            click.echo(f"{path.name:<36} {title}\n    {says}")
+            width = min(shutil.get_terminal_size().columns, LONGEST_LINE)
+            click.echo(f"{path.name:<36} {title}")
+            click.echo(click.wrap_text(says, width, initial_indent="    ", subsequent_indent="    "))
         return
     server = _server()
     runs = _runs(run)
@@ -98,8 +103,17 @@ def first_words(path: Path) -> tuple[str, str]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = "".join(cells[0]["source"])
     title, _, rest = text.partition("\n")
-    paragraph = " ".join(rest.strip().split("\n\n")[0].split())
-    return title.lstrip("# ").strip(), paragraph
+    return title.lstrip("# ").strip(), _without_marks(rest.strip().split("\n\n")[0])
+
+
+def _without_marks(text: str) -> str:
+    """A paragraph of Markdown as plain text, in one line."""
+    from markdown_it import MarkdownIt
+
+    (inline,) = MarkdownIt().parseInline(text)
+    words = "".join(" " if part.type.endswith("break") else part.content for part in inline.children or ())
+    whole_sentences = re.match(r".*[.?!]", line := " ".join(words.split()))  # what follows announces a list
+    return whole_sentences.group() if whole_sentences else line
 
 
 def copy_notebooks(shipped: Sequence[Path], folder: Path) -> int:

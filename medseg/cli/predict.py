@@ -113,6 +113,8 @@ def predict(
     Exit status: 0 all is predicted; 2 refused, or ended by a bad case; 3 ended, but bad cases were left out;
     130 stopped by Ctrl-C.
 
+    A run of task=classification gives OUT/predictions.csv: for each image its class and the probabilities of all.
+
     Scans of a DICOM archive or an object store (--from, --to) and clusters (--engine ray): docs/archive.md.
 
     \b
@@ -126,6 +128,8 @@ def predict(
     """
     from rich.console import Console
 
+    from medseg.classification.bundle import is_classifier
+    from medseg.classification.predict import classify_inputs, refuse_options
     from medseg.formats.dicom.export import forms_of
     from medseg.inference.ensemble import Ensemble
     from medseg.inference.folder import predict_inputs, refuse_swapped
@@ -137,6 +141,26 @@ def predict(
         raise click.UsageError("--workers is of --engine ray, which is not asked for.")
     wanted_forms = forms_of(forms or ("dicom-seg" if sink is not None and sink[0] == "dicomweb" else "nifti"))
     refuse_swapped(run, inputs)
+    if is_classifier(run):
+        others = {"--from": source, "--to": sink, "--engine": engine != "local", "--format": forms, "--mirror": mirror}
+        others |= {"--classes": classes, "--statistics": statistics, "--probabilities": probabilities}
+        refuse_options({**others, "--uncertainty": uncertainty, "--preview": preview, "--resume": resume})
+        found = classify_inputs(
+            run,
+            inputs,
+            output,
+            Console(),
+            checkpoint=checkpoint,
+            device=device,
+            precision=precision,
+            reading=reading,
+            batch_size=batch_size,
+            skip_bad=on_bad_case == "skip",
+            overwrite=overwrite,
+        )
+        if found.bad:
+            sys.exit(EXIT_BAD_CASES)
+        return
     settings: dict[str, Any] = {
         "checkpoint": checkpoint,
         "device": device,

@@ -23,7 +23,7 @@ from medseg.formats.atomic import whole_file
 
 WIDTH, HEIGHT = 2.3, 0.9
 """Inches of a stage."""
-STEP_SAME, STEP_LEVEL, LEVEL = 2.95, 1.7, 1.5
+STEP_SAME, STEP_LEVEL, LEVEL = 3.05, 1.75, 1.5
 """Inches to the next column: where stages of both lie side by side, and where none do; and down to the next level."""
 ROOF, ROOFS = 0.16, 0.12
 """Inches from a stage to a line that goes over the next one, and more for each further one."""

@@ -235,6 +235,9 @@ def _step(source: Box | None, target: Box) -> str:
         changes = layer.window is None or max(layer.window.stride) > 1
         if layer.kind in RESIZING and (layer.kind in _UP) == goes_up and changes:
             found.setdefault(layer.kind, step_words(layer))
+    if not found and not goes_up and target.has_places:  # cut out with a step, as before a pathway of low resolution
+        every = {jump for jump in target.layers[-1].jump if jump is not None}
+        return f"1 of {max(every):g} voxels" if every and target.level else ""
     return next((found[kind] for kind in RESIZING if kind in found), "")
 
 
@@ -248,10 +251,12 @@ def _placed(
     boxes: dict[str, Box] = {}
     for name, layers in drawn.items():
         earlier = [boxes[other] for other in before[name] if other in boxes]
-        shape = layers[-1].output[1:]
-        if math.prod(shape) > 1 or not earlier:
-            shrinking = [math.log2(max(1.0, n / max(m, 1))) for n, m in zip(table.size, shape, strict=False)]
-            level = round(max(shrinking, default=0.0) - 0.2)  # a little smaller without padding
+        last = layers[-1]
+        if None not in last.jump:
+            level = round(max(math.log2(max(1.0, jump or 1.0)) for jump in last.jump) - 0.2)
+        elif math.prod(last.output[1:]) > 1 or not earlier:  # where jumps are not known, sizes tell
+            shrinking = (n / max(m, 1) for n, m in zip(table.size, last.output[1:], strict=False))
+            level = round(math.log2(max(1.0, *shrinking)) - 0.2)
         else:
             level = max(box.level for box in earlier)
         boxes[name] = Box(name, layers, level, 1 + max((box.column for box in earlier), default=0))

@@ -24,13 +24,15 @@ from medseg.explain.effective import EffectiveField, effective_field
 from medseg.explain.equivariance import Shift, shift_table
 from medseg.explain.excitation import STEPS, most_exciting
 from medseg.explain.layers import LayerTable, layer_table
-from medseg.explain.maps import feature_maps, first_filters, map_places, module_named, plane
+from medseg.explain.maps import around_middle, feature_maps, first_filters, map_places, module_named, plane
+from medseg.explain.network import fitting_size, scores_of, steps_of
 from medseg.explain.pictures import Album, filter_grid, heat_map, image_grid, map_grid, save_picture
 from medseg.explain.saliency import answered, grad_cam, gradient_saliency, occlusion_saliency
 from medseg.explain.subject import Subject, output_named
 from medseg.explain.text import print_layers, times
 from medseg.explain.tile import Scene
 from medseg.formats.atomic import whole_file
+from medseg.models import SegmentationModel
 
 LAYERS_FILE, DRAWING_FILE, SHIFTS_FILE = "layers.json", "architecture.svg", "shifts.json"
 WHAT = ("filters", "maps", "excitation", "saliency", "shifts")
@@ -96,7 +98,9 @@ def print_subject(
     """
     table = layer_table(subject.model, subject.size)
     fields = _effective(subject, table, scene) if wanted.effective else {}
-    content = {"model": subject.name, **table.to_json(precision), "training_step": _training(subject, precision)}
+    content = {"model": subject.name, **table.to_json(precision)}
+    if isinstance(subject.model, SegmentationModel):
+        content["training_step"] = _training(subject, precision)
     if fields:
         content["effective_on"] = "noise" if scene is None else "scan"
     for name, field in fields.items():
@@ -110,11 +114,11 @@ def print_subject(
         for note in subject.notes:
             console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
         print_layers(table, console, precision=precision, every=every)
-        step = content["training_step"]
-        console.print(
-            f"A training step with {step['batch_size']} of these images takes about {step['gib']:.1f} GiB in "
-            f"{precision} on a CPU (estimated).", style="dim", highlight=False,
-        )  # fmt: skip
+        if (step := content.get("training_step")) is not None:
+            console.print(
+                f"A training step with {step['batch_size']} of these images takes about {step['gib']:.1f} GiB in "
+                f"{precision} on a CPU (estimated).", style="dim", highlight=False,
+            )  # fmt: skip
         if fields:
             _print_effective(fields, table, console, content["effective_on"])
     if folder is not None:
@@ -123,7 +127,7 @@ def print_subject(
             temporary.write_text(text + "\n", encoding="utf-8")
         save_drawing(folder / DRAWING_FILE, table, title=f"{subject.name}, image {times(subject.size)}")
         if fields:
-            heat = fields[""].influence
+            heat = next(iter(fields.values())).influence  # of the result; of a classifier, its last map
             middle = heat if heat.dim() == 2 else heat[heat.shape[0] // 2]
             below = torch.zeros_like(middle) if scene is None else plane(scene.tile(subject.size)[:1])[0]
             save_picture(folder / "effective_field.png", heat_map(below, middle))
@@ -179,12 +183,18 @@ def draw_subject(
             if "saliency" in wanted.what:
                 layer = wanted.layers[-1] if wanted.layers else places.before_scores
                 written += _saliencies(subject, layer, wanted.class_name, tile, share, album, progress)
+    shifts: list[Shift] = []
+    if scene is not None and "shifts" in wanted.what and isinstance(subject.model, SegmentationModel):
+        shifts = _shifts(subject, subject.model, scene, folder)
+        for shift in shifts:
+            if not any(shift.voxels[:-1]):
+                album.note("equivariance/same class", shift.agreement_middle, shift.voxels[-1])
     if tensorboard:
-        written.append(f"tensorboard --logdir {album.to_tensorboard()} shows these pictures")
+        written.append(f"tensorboard --logdir {album.to_tensorboard()} shows this")
     for line in written:
         console.print(f"  {line}", highlight=False, markup=False)
-    if scene is not None and "shifts" in wanted.what:
-        _shifts(subject, scene, folder, console)
+    if shifts:
+        print_shifts(shifts, steps_of(subject.model), console)
 
 
 def _effective(subject: Subject, table: LayerTable, scene: Scene | None) -> dict[str, EffectiveField]:
@@ -195,6 +205,8 @@ def _effective(subject: Subject, table: LayerTable, scene: Scene | None) -> dict
     else:
         images = scene.tile(subject.size)[None]
     layers = ("", *map_places(subject.model, table).stages)
+    if not table.output_size:  # the answer of a classifier lies nowhere
+        layers = layers[:0:-1]
     return effective_field(subject.model, images.to(_device(subject)), layers=layers)
 
 
@@ -239,8 +251,8 @@ def _excitations(
         field = inside[-1].field if inside else table.field
         # Twice the field: its middle is that of the image only up to a step between two voxels of the map. Twice the
         # divisor: normalisations need two voxels at the lowest resolution.
-        lengths = zip(subject.size, field, subject.model.divisor, strict=True)
-        size = subject.model.next_size(tuple(min(n, max(2 * (f or n), 2 * d)) for n, f, d in lengths))
+        lengths = zip(subject.size, field, steps_of(subject.model), strict=True)
+        size = fitting_size(subject.model, tuple(min(n, max(2 * (f or n), 2 * d)) for n, f, d in lengths))
         size = tuple(min(n, m) for n, m in zip(size, subject.size, strict=True))
         number = inside[-1].output[0] if inside else subject.model.num_classes
         task = progress.add_task(f"what excites {name}", total=steps)
@@ -248,14 +260,10 @@ def _excitations(
             subject.model, name, range(min(number, MAX_EXCITED)), size, steps=steps,
             progress=_advancing(progress, task),
         )  # fmt: skip
-        album.add(f"excitation/{name or 'result'}", image_grid(plane_of_images(found.images)))
+        seen = around_middle(found.images[:, 0], field)
+        album.add(f"excitation/{name or 'result'}", image_grid(plane(seen)))
         lines.append(f"excitation/{name or 'result'}.png: what most excites its filters 0 … {len(found.after) - 1}")
     return lines
-
-
-def plane_of_images(images: Tensor) -> Tensor:
-    """The first channel of images (N, C, *spatial), of volumes the plane in the middle: (N, H, W)."""
-    return plane(images[:, 0])
 
 
 def _saliencies(
@@ -269,12 +277,14 @@ def _saliencies(
 ) -> list[str]:
     model, overlapping = subject.model, _overlapping(subject)
     with torch.no_grad():
-        logits = model(tile[None])[0]
+        logits = scores_of(model, tile[None])[0]
     counts = [int(answered(logits, i, overlapping=overlapping).sum()) for i in range(len(logits))]
     output = output_named(subject, class_name, counts)
     name = subject.outputs[output]
     voxels = answered(logits, output, overlapping=overlapping)
-    if not counts[output] and class_name is None:
+    if not isinstance(model, SegmentationModel):  # its one answer can be explained for each class
+        voxels = torch.ones_like(voxels)
+    elif not counts[output] and class_name is None:
         return ["no saliency: the network sees no class here; --at or --class may change that"]
     sizes = [max(1, math.ceil(max(subject.size) / OCCLUSION_WINDOWS))] * len(subject.size)
     window = [min(n, 2 * s) for n, s in zip(subject.size, sizes, strict=True)]
@@ -302,12 +312,11 @@ def _saliencies(
     cam = "no Grad-CAM: no layer of this network gives maps" if layer is None else f"saliency_grad_cam.png (of {layer})"
     return [
         f"saliency_gradient.png, saliency_occlusion.png (red: needed for it), {cam}: "
-        f"why {name} is seen in {counts[output]} voxels"
+        f"why {name} is seen" + (f" in {counts[output]} voxels" if isinstance(model, SegmentationModel) else "")
     ]
 
 
-def _shifts(subject: Subject, scene: Scene, folder: Path, console: Console) -> None:
-    model = subject.model
+def _shifts(subject: Subject, model: SegmentationModel, scene: Scene, folder: Path) -> list[Shift]:
     shifts = shifts_of(model.divisor)
     largest = [max(shift[axis] for shift in shifts) for axis in range(model.spatial_dims)]
     start = scene.start([n + m for n, m in zip(subject.size, largest, strict=True)])
@@ -315,7 +324,7 @@ def _shifts(subject: Subject, scene: Scene, folder: Path, console: Console) -> N
     found = shift_table(model, image, subject.size, shifts, start=start, overlapping=_overlapping(subject))
     with whole_file(folder / SHIFTS_FILE, ".json") as temporary:
         temporary.write_text(json.dumps([shift.to_json() for shift in found], indent=2) + "\n", encoding="utf-8")
-    print_shifts(found, model.divisor, console)
+    return found
 
 
 def shifts_of(divisor: Sequence[int]) -> list[tuple[int, ...]]:

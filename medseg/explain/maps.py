@@ -174,6 +174,21 @@ def middle(maps: Tensor) -> Tensor:
     return maps
 
 
+def around_middle(images: Tensor, field: Sequence[int | None]) -> Tensor:
+    """What the voxel in the middle of a map sees of images, and one voxel more on each side.
+
+    Args:
+        images: shape (K, *spatial).
+        field: receptive field along each axis; None leaves the axis whole.
+    """
+    for axis, length in enumerate(field, start=1):
+        if length is not None:
+            centre, reach = images.shape[axis] // 2, length // 2 + 1
+            first, last = max(0, centre - reach), min(images.shape[axis], centre + reach + 1)
+            images = images.narrow(axis, first, last - first)
+    return images
+
+
 def plane(maps: Tensor, share: float | None = None) -> Tensor:
     """One plane of each map: (K, D, H, W) → (K, H, W) at a share of the first axis; planes stay as they are.
 

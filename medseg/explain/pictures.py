@@ -115,6 +115,7 @@ class Album:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pictures: dict[str, Picture] = {}
+        self._values: list[tuple[str, float, int]] = []
 
     def add(self, name: str, picture: Picture) -> None:
         """Write `name`.png; a slash in the name is a folder.
@@ -127,6 +128,10 @@ class Album:
         save_picture(path, picture)
         self._pictures[name] = picture
 
+    def note(self, name: str, value: float, step: int) -> None:
+        """A number for TensorBoard's curves."""
+        self._values.append((name, value, step))
+
     def to_tensorboard(self) -> Path:
         """All of them again, as events: the folder that `tensorboard --logdir` shows."""
         from torch.utils.tensorboard import SummaryWriter  # takes a second, and few ask for it
@@ -135,6 +140,8 @@ class Album:
         with SummaryWriter(str(folder)) as board:
             for name, picture in self._pictures.items():
                 board.add_image(name, picture, 0, dataformats="HWC")
+            for name, value, step in self._values:
+                board.add_scalar(name, value, step)
         return folder
 
 
@@ -160,7 +167,8 @@ def _grid(tiles: Picture) -> Picture:
     tiles = np.stack([_enlarged(tile, SMALLEST if len(tiles) > FEW else SMALLEST_HEAT) for tile in tiles])
     number, height, width, _ = tiles.shape
     wanted = max(1, round(math.sqrt(number * LANDSCAPE * height / width)))
-    columns = min(range(max(1, wanted - 1), wanted + 2), key=lambda n: (-number % n, abs(n - wanted)))  # rows are full
+    # Rows that are full, rather than the wanted number of them
+    columns = min(range(max(1, wanted - 1), wanted + 2), key=lambda n: (-number % n, abs(n - wanted), -n))
     rows = math.ceil(number / columns)
     picture = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), _BETWEEN, dtype=np.uint8)
     for index, tile in enumerate(tiles):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ from medseg.bundle import BundleInfo, load_bundle
 from medseg.data.plan.file import read_plan
 from medseg.data.plan.memory import complete_settings
 from medseg.errors import Code, MedsegError
+from medseg.explain.network import Network, fitting_size
 from medseg.inference.members import configurations_of
-from medseg.models import MODELS, SegmentationModel
+from medseg.models import MODELS
+from medseg.models.classifiers import CLASSIFIERS
 
 DEFAULT_SIZE = {2: 256, 3: 64}
 """Voxels along each axis where nothing says what the network is given, by the number of axes."""
+CLASSIFIER_SIZE = {2: 224, 3: 96}
+"""The same of classifiers: the largest images that training shows them by itself."""
 PLAIN = "unet"
 RESIDUAL = "residual_encoder_unet"
 """The networks that plans are made for."""
@@ -35,21 +39,30 @@ class Subject:
         settings: what it was built from, complete.
         size: of the image that it is looked at with.
         batch_size: patches of a training step.
-        info: what a trained model is; None of a plan or a configuration.
+        info: what a trained model is; None of a plan, a configuration, or a trained classifier.
+        classes: of a trained classifier.
         notes: what else is to be known, one sentence each.
     """
 
     name: str
-    model: SegmentationModel
+    model: Network
     settings: Mapping[str, Any]
     size: Axes
     batch_size: int = 1
     info: BundleInfo | None = None
+    classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weights are those of a training."""
+        return self.info is not None or bool(self.classes)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the network's outputs: classes with the background, or regions."""
+        if self.classes:
+            return self.classes
         if self.info is None:
             return tuple(f"output {i}" for i in range(self.model.num_classes))
         labels = self.info.labels
@@ -76,7 +89,7 @@ def of_run(
     info = bundle.info
     plan = info.plan
     name = f"{info.model['name']} of {path.name}"
-    return Subject(name, bundle.model, info.model, size or plan.patch_size, plan.batch_size, info, notes)
+    return Subject(name, bundle.model, info.model, size or plan.patch_size, plan.batch_size, info, notes=notes)
 
 
 def of_plan(
@@ -107,7 +120,7 @@ def of_settings(
     """The network of a configuration, with fresh weights.
 
     Args:
-        settings: `name` and fields, as `MODELS.build` takes them.
+        settings: `name` and fields, as `MODELS.build` takes them, or `CLASSIFIERS.build`.
         in_channels: channels of the image.
         num_classes: classes, with the background.
         size: of the image, which says whether the network is one in 2D or 3D; None is 2D.
@@ -115,12 +128,27 @@ def of_settings(
         MedsegError: E_NAME, E_CONFIG, E_MODEL.
     """
     dims = 2 if size is None else len(size)
-    model = MODELS.build(settings, in_channels=in_channels, num_classes=num_classes, spatial_dims=dims).eval()
+    context = {"in_channels": in_channels, "num_classes": num_classes, "spatial_dims": dims}
     notes: tuple[str, ...] = ()
+    model: Network
+    if classifies(settings):
+        lengths = size or (CLASSIFIER_SIZE[dims],) * dims
+        known = {field.name for field in fields(CLASSIFIERS.part(settings["name"]).config)}
+        if "image_size" in known and settings.get("image_size") is None:  # fully connected layers need to know it
+            settings = {**settings, "image_size": lengths}
+        model = CLASSIFIERS.build(settings, **context).eval()
+    else:
+        model = MODELS.build(settings, **context).eval()
+        lengths = size or (DEFAULT_SIZE[dims],) * dims
     if size is None:
-        size = model.next_size((DEFAULT_SIZE[dims],) * dims)
+        size = fitting_size(model, lengths)
         notes = ("in 2D, with an image of a size that fits; --size 128x128x128 says another one, in 3D",)
-    return Subject(str(settings["name"]), model, dict(settings), size, notes=notes)
+    return Subject(str(settings.get("network") or settings["name"]), model, dict(settings), size, notes=notes)
+
+
+def classifies(settings: Mapping[str, Any]) -> bool:
+    """Whether a network is a classifier."""
+    return settings.get("name") in CLASSIFIERS.names()
 
 
 def parsed_size(text: str, *, where: str = "--size") -> Axes:

@@ -24,7 +24,8 @@ _NAMES = {
     "sub": "subtract", "mul": "multiply", "rmul": "multiply", "imul": "multiply", "batch_norm": "batch norm",
     "instance_norm": "instance norm", "group_norm": "group norm", "layer_norm": "layer norm",
     "leaky_relu": "leaky ReLU",
-    "relu": "ReLU", "elu": "ELU", "prelu": "PReLU", "scaled_dot_product_attention": "attention",
+    "relu": "ReLU", "relu6": "ReLU6", "elu": "ELU", "prelu": "PReLU", "silu": "SiLU", "gelu": "GELU",
+    "scaled_dot_product_attention": "attention",
     "interpolate": "interpolation", "linear": "linear",
 }  # fmt: skip
 _LETTERS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,11 +84,13 @@ def measure_region(
     empty = dict.fromkeys(names, math.nan)
     if not mask.any():
         return Measured(empty, 0, 0, ("the region is empty",))
-    image, mask = _cropped(image, mask, _margins(spacing, settings))
+    box = _around(_box(mask), _margins(spacing, settings), mask.shape)
     if settings.spacing_mm:
-        image, mask, spacing = resampled(image, mask, spacing, settings)
+        image, mask, spacing = resampled(image, mask, spacing, settings, box)
         if not mask.any():
             return Measured(empty, 0, 0, ("no voxel of the region is left at this spacing",))
+    else:
+        image, mask = image[box], mask[box]
     tight = _box(mask)
     inner = np.asarray(image[tight], dtype=np.float64)
     region = mask[tight]
@@ -169,33 +172,55 @@ def _counted(
 
 
 def resampled(
-    image: NDArray[np.floating], mask: NDArray[np.bool_], spacing: tuple[float, ...], settings: Settings
+    image: NDArray[np.floating],
+    mask: NDArray[np.bool_],
+    spacing: tuple[float, ...],
+    settings: Settings,
+    box: tuple[slice, ...],
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], tuple[float, ...]]:
-    """An image and a region at the spacing of the settings.
+    """A box of an image and of a region at the spacing of the settings.
 
+    Args:
+        image: the whole image: its middle says where the new voxels lie.
+        mask: of the same shape.
+        spacing: voxel size in mm.
+        settings: with a spacing.
+        box: what is needed of it.
     Returns:
         Image (by splines of `settings.order`), region (linear, at least one half), and the spacing of their axes.
     Raises:
         MedsegError: E_CONFIG where the spacing does not fit the number of axes.
     Source:
-        IBSI 1 reference manual, section 2.4: the centres of the two grids coincide, ceil(n · old / new) voxels. Here
-        it is the box around the region, not the whole scan, whose centre stays.
+        IBSI 1 reference manual, section 2.4: the centres of the two grids coincide, ceil(n · old / new) voxels.
     """
     wanted = settings.spacing_mm * image.ndim if len(settings.spacing_mm) == 1 else settings.spacing_mm
     if len(wanted) != image.ndim:
         raise MedsegError(
-            Code.CONFIG, "one spacing for each axis, or one for all", where="--spacing",
-            expected=f"1 or {image.ndim} values", got=wanted,
-        )  # fmt: skip
-    scale = np.asarray(wanted) / np.asarray(spacing)
-    # A last digit must not make a voxel more
-    size = [math.ceil(n / s - 1e-9) for n, s in zip(image.shape, scale, strict=True)]
-    offset = (np.asarray(image.shape) - 1) / 2 - scale * (np.asarray(size) - 1) / 2
-    fine = ndimage.affine_transform(
-        image.astype(np.float64), scale, offset, tuple(size), order=1 if settings.order == 1 else 3, mode="nearest"
-    )
-    share = ndimage.affine_transform(mask.astype(np.float64), scale, offset, tuple(size), order=1, mode="nearest")
+            Code.CONFIG,
+            "one spacing for each axis, or one for all",
+            where="--spacing",
+            expected=f"1 or {image.ndim} values",
+            got=wanted,
+        )
+    scale, offset, size = [], [], []
+    for n, old, new, part in zip(image.shape, spacing, wanted, box, strict=True):
+        step = new / old
+        num = math.ceil(n / step - 1e-9)  # a last digit must not make a voxel more
+        first = (n - 1) / 2 - step * (num - 1) / 2  # where new voxel 0 lies, in old ones
+        begin = max(0, math.ceil((part.start - 0.5 - first) / step))
+        end = min(num, math.floor((part.stop - 0.5 - first) / step) + 1)
+        scale.append(step)
+        offset.append(first + begin * step - part.start)
+        size.append(max(0, end - begin))
+    matrix, begins = np.asarray(scale, dtype=np.float64), np.asarray(offset, dtype=np.float64)
+    voxels, inside = image[box].astype(np.float64), mask[box].astype(np.float64)
+    fine = ndimage.affine_transform(voxels, matrix, begins, tuple(size), order=_spline(settings), mode="nearest")
+    share = ndimage.affine_transform(inside, matrix, begins, tuple(size), order=1, mode="nearest")
     return fine, share >= 0.5 - 1e-9, wanted
+
+
+def _spline(settings: Settings) -> Literal[1, 3]:
+    return 1 if settings.order == 1 else 3
 
 
 def _margins(spacing: tuple[float, ...], settings: Settings) -> list[int]:
@@ -205,13 +230,9 @@ def _margins(spacing: tuple[float, ...], settings: Settings) -> list[int]:
     return [math.ceil(reach / s) + extra for s in spacing]
 
 
-def _cropped(
-    image: NDArray[np.floating], mask: NDArray[np.bool_], margins: list[int]
-) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-    box = tuple(
-        slice(max(0, s.start - m), min(n, s.stop + m)) for s, m, n in zip(_box(mask), margins, mask.shape, strict=True)
-    )
-    return image[box], mask[box]
+def _around(box: tuple[slice, ...], margins: list[int], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """A box that is larger by margins, as far as the image goes."""
+    return tuple(slice(max(0, s.start - m), min(n, s.stop + m)) for s, m, n in zip(box, margins, shape, strict=True))
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:

@@ -61,8 +61,9 @@ def size_features(matrix: SizeMatrix) -> dict[str, float]:
     Source:
         IBSI 1 reference manual, sections 3.7 to 3.11: the same formulas for all these matrices.
     """
-    keys, counts = np.unique(np.stack([matrix.levels, matrix.sizes]), axis=1, return_counts=True)
-    level, size = keys.astype(np.float64)
+    largest = int(matrix.sizes.max()) + 1
+    keys, counts = np.unique(matrix.levels.astype(np.int64) * largest + matrix.sizes, return_counts=True)
+    level, size = (part.astype(np.float64) for part in np.divmod(keys, largest))
     total = counts.sum()
     p = counts / total
     of_level = np.bincount(np.unique(level, return_inverse=True)[1].ravel(), weights=counts)

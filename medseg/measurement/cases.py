@@ -9,7 +9,7 @@ from pathlib import Path
 from medseg.data.inputs import find_inputs
 from medseg.data.layouts import Case, is_annotation, name_some
 from medseg.errors import Code, MedsegError
-from medseg.formats import STRICT, Reading, Source, is_dicom, open_volume
+from medseg.formats import STRICT, Reading, is_dicom, open_volume
 from medseg.formats.dicom.annotations import read_annotation
 from medseg.formats.dicom.catalog import CatalogSeries, read_catalog
 from medseg.formats.dicom.structures import Annotation
@@ -180,13 +180,9 @@ def _annotated(images: Path, labels: Path, reading: Reading) -> list[MeasuredCas
             got=f"{len(series)} series", remedy="name the file or folder with the annotations as LABEL",
         )  # fmt: skip
     return [
-        MeasuredCase(Case(s.case_id, (_source(s),)), None, tuple(homes[s.case_id]), s.patient)
+        MeasuredCase(Case(s.case_id, (s.info,), None), None, tuple(homes[s.case_id]), s.patient)
         for s in sorted(found, key=lambda s: s.case_id)
     ]
-
-
-def _source(series: CatalogSeries) -> Source:
-    return series.info
 
 
 def _annotations(labels: Path, reading: Reading) -> list[Annotation]:

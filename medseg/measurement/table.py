@@ -20,6 +20,7 @@ from medseg.formats import STRICT, Reading, open_label
 from medseg.formats.atomic import whole_file
 from medseg.labels import Labels
 from medseg.measurement.cases import MeasuredCase, open_channel
+from medseg.measurement.columns import ABOUT
 from medseg.measurement.regions import Region, regions_of_annotations, regions_of_map
 from medseg.volume import PIXEL_FRAME, Volume
 
@@ -42,27 +43,6 @@ class Row:
 
     about: dict[str, str]
     values: dict[str, float] = field(default_factory=dict)
-
-
-ABOUT = (
-    "case",
-    "patient",
-    "label",
-    "value",
-    "modality",
-    "unit",
-    "spacing",
-    "resampled",
-    "bins",
-    "counted",
-    "texture",
-    "slices_along",
-    "voxels",
-    "levels",
-    "medseg",
-    "missing",
-)
-"""The first columns; docs/measure.md says what they mean."""
 
 
 def measure_cases(

@@ -109,7 +109,7 @@ class Backbone(nn.Module):
         """As torch's; with `keeps_statistics` batch normalisations use the statistics that they have."""
         super().train(mode)
         for module in self.modules() if self.keeps_statistics else ():
-            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 

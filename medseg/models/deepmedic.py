@@ -134,7 +134,7 @@ class DeepMedic(SegmentationModel):
 
     Source:
         Kamnitsas et al.: Efficient multi-scale 3D CNN with fully connected CRF for accurate brain lesion segmentation,
-        Medical Image Analysis 2017, arXiv:1603.05959, sections 2.1 to 2.4, figures 5 and 7.
+        Medical Image Analysis 2017, arXiv:1603.05959, sections 2.1 to 2.4, figure 5.
         Kamnitsas et al.: DeepMedic for Brain Tumor Segmentation, BrainLes (BRATS) 2016: the residual connections.
     """
 

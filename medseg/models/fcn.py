@@ -206,25 +206,21 @@ class FCN(Freezable, SegmentationModel):
         check_multiples(input_size, self.divisor, fewest_voxels=2)
         return tuple(input_size)
 
-    def load_classifier(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Put the fully connected layers of a trained classifier into the convolutions that stand for them.
+    def load_classifier(self, tensors: Mapping[str, Tensor], *, with_scores: bool = True) -> None:
+        """Put the fully connected layers of a trained classifier into the convolutions that stand for them; those
+        before them are the backbone's (`load_backbone`).
 
         Args:
-            tensors: a classifier's state dict; of those whose names begin with "head." each must fit, but for the
-                scores of another number of classes, which begin anew.
-        Returns:
-            Lines that say what begins anew; the convolutions before them are the backbone's (`load_backbone`).
+            tensors: a classifier's state dict; of it what begins with "head.".
+            with_scores: also its last layer, which must have as many classes.
         Raises:
             MedsegError: E_MODEL if a layer is missing or has another size.
         """
-        layers_ = [*self.layers, self.heads[0]]
-        names = [f"head.hidden.{i}" for i in range(len(self.layers))] + ["head.scores"]
-        for layer, name in zip(layers_, names, strict=True):
+        names = [f"head.hidden.{i}" for i in range(len(self.layers))] + ["head.scores"] * with_scores
+        for layer, name in zip([*self.layers, self.heads[0]], names, strict=False):
             convolution = cast(nn.Module, layer.convolution)
             weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
             own = cast(Tensor, convolution.weight)
-            if weight is not None and name == "head.scores" and len(weight) != self.num_classes:
-                return [f"the scores begin anew, for {self.num_classes} instead of {len(weight)} classes"]
             if weight is None or bias is None or weight.numel() != own.numel() or len(weight) != len(own):
                 raise MedsegError(
                     Code.MODEL,
@@ -236,7 +232,6 @@ class FCN(Freezable, SegmentationModel):
             with torch.no_grad():
                 own.copy_(weight.reshape(own.shape))
                 cast(Tensor, convolution.bias).copy_(bias)
-        return []
 
     def _load_head(self, head: ClassificationHead) -> None:
         """The fresh layers of the classifier, drawn as it does."""

@@ -41,14 +41,7 @@ class PretrainingTrainerConfig(TrainerConfig):
 class PretrainingExperiment(Stated):
     """A pretraining. `model`, `method`, `optimizer` and `schedule` are built by name from their registries."""
 
-    places: ClassVar[tuple[tuple[str, ...], ...]] = (
-        ("data", "root"),
-        ("data", "manifest"),
-        ("data", "store"),
-        ("data", "split", "file"),
-        ("plan",),
-        ("resume",),
-    )
+    places: ClassVar[tuple[tuple[str, ...], ...]] = tuple(p for p in Experiment.places if p != ("trainer", "initial"))
     data: DataConfig
     """Where the images are and how they are seen; labels beside them are not looked at."""
     model: Mapping[str, Any]

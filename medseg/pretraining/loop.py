@@ -41,6 +41,7 @@ class Shown:
         seen: what the network got to see.
         reconstruction: what it made of it, smaller than P where its convolutions are not padded.
         asked: 1 where it was asked; (1, *P).
+        spacing_mm: sides of a voxel.
     """
 
     case_id: str
@@ -48,6 +49,7 @@ class Shown:
     seen: torch.Tensor
     reconstruction: torch.Tensor
     asked: torch.Tensor
+    spacing_mm: tuple[float, ...]
 
 
 class ReconstructionEngine(Engine):
@@ -141,7 +143,8 @@ class ReconstructionEngine(Engine):
                 output, hidden = self.reconstruct(case.case_id, number, image)
                 fit += Fit.of(output, target_of(image[None], hidden.asked.cpu()))
                 if number == 0 and case.case_id in self.drawn:
-                    self._draw(journal, Shown(case.case_id, image, hidden.image[0].cpu(), output[0], hidden.asked[0]))
+                    seen, asked = hidden.image[0].cpu(), hidden.asked[0].cpu()
+                    self._draw(journal, Shown(case.case_id, image, seen, output[0], asked, self.plan.spacing_mm))
         loss = fit.mean(self.method.loss)
         errors = f"mean absolute error {fit.mean('l1'):.4f}, root of the mean square {math.sqrt(fit.mean('l2')):.4f}"
         explained = fit.explained

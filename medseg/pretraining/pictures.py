@@ -20,7 +20,7 @@ PICTURES_FOLDER = "pictures"
 SHADES = (0.5, 99.5)
 """Percentiles of the image from dark to bright; the same for all columns, or a wrong brightness would not show."""
 SMALLEST = 192
-"""Pixels of a plane's longer side at least: smaller ones are enlarged by whole numbers."""
+"""Pixels of a plane's longer side, about: voxels are whole numbers of pixels."""
 GAP = 4
 """White pixels between planes."""
 
@@ -29,8 +29,10 @@ def draw(shown: Shown) -> NDArray[np.uint8]:
     """Side by side: image, what was seen of it, the reconstruction, and, where a part was hidden, the image with the
     reconstruction in its place. Below each other: the plane in the middle of each axis; of a picture itself.
 
+    Args:
+        shown: what is drawn; of several channels the first.
     Returns:
-        Shape (H, W, 3). Of several channels the first is shown.
+        Shape (H, W, 3), planes in their shape in mm.
     """
     size = shown.reconstruction.shape[1:]
     image, seen, output, asked = (
@@ -46,7 +48,8 @@ def draw(shown: Shown) -> NDArray[np.uint8]:
         planes = [column if axis is None else column.select(axis, column.shape[axis] // 2) for column in columns]
         shades = [np.clip((plane.numpy() - low) / max(high - low, 1e-6), 0, 1) for plane in planes]
         if min(shades[0].shape) > 1:  # across a patch of one slice there is nothing to see
-            rows.append(_beside([_enlarged((255 * shade).round().astype(np.uint8)) for shade in shades]))
+            sides = [mm for a, mm in enumerate(shown.spacing_mm) if a != axis]
+            rows.append(_beside([_enlarged((255 * shade).round().astype(np.uint8), sides) for shade in shades]))
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, GAP), (0, width - row.shape[1])), constant_values=255) for row in rows]
     picture = np.concatenate(padded)[:-GAP]
@@ -63,9 +66,11 @@ def save(run: Path, case_id: str, picture: NDArray[np.uint8]) -> None:
     save_picture(run / PICTURES_FOLDER / f"{case_id}.png", picture)
 
 
-def _enlarged(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    times = max(1, -(-SMALLEST // max(plane.shape)))
-    return plane.repeat(times, axis=0).repeat(times, axis=1)
+def _enlarged(plane: NDArray[np.uint8], sides_mm: list[float]) -> NDArray[np.uint8]:
+    """A plane with voxels of these sides, as whole numbers of pixels."""
+    extent = max(n * mm for n, mm in zip(plane.shape, sides_mm, strict=True))
+    rows, columns = (max(1, round(mm * SMALLEST / extent)) for mm in sides_mm)
+    return plane.repeat(rows, axis=0).repeat(columns, axis=1)
 
 
 def _beside(planes: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:

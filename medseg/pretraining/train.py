@@ -18,6 +18,7 @@ from medseg.data.preparation import prepare_cases
 from medseg.data.prepared import PreparedCase
 from medseg.data.store import Store
 from medseg.device import deterministic
+from medseg.errors import Code, MedsegError
 from medseg.inference.sliding_window import memory_format
 from medseg.models import MODELS, SegmentationModel
 from medseg.pretraining.cases import Settled, begin, go_on
@@ -31,7 +32,9 @@ from medseg.training.distributed import joined, remember
 from medseg.training.experiment import without_places, write_config
 from medseg.training.journal import HISTORY_FILE, Journal
 from medseg.training.lock import locked
+from medseg.training.pretrained import load_pretrained
 from medseg.training.signals import save_signal_is_harmless
+from medseg.training.state import can_resume
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,21 @@ def train(experiment: PretrainingExperiment, run: Path, console: Console | None 
         run: the folder that will hold everything about it; with `experiment.resume`, the run that goes on.
         console: where the user reads.
     Raises:
-        MedsegError: what the data, the configuration or the machine refuse; E_NAN_LOSS if the loss stops being finite;
-            E_OUTPUT if another training writes into the run.
+        MedsegError: what the data, the configuration or the machine refuse; E_CONFIG for several processes; E_NAN_LOSS
+            if the loss stops being finite; E_OUTPUT if another training writes into the run.
     """
     run.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     remember(run)
     with joined() as world, locked(run, is_main=world.is_main):
+        if world.size > 1:
+            raise MedsegError(
+                Code.CONFIG,
+                "a pretraining runs in one process",
+                where="torchrun",
+                got=f"{world.size} processes",
+                remedy="start it without torchrun",
+            )
         device = world.device(experiment.trainer.device)
         with save_signal_is_harmless(), deterministic(experiment.trainer.deterministic):
             result = _train(experiment, run, device, console)
@@ -85,6 +96,8 @@ def _train(experiment: PretrainingExperiment, run: Path, device: torch.device, c
     model, method = build(settled.info, experiment.method)
     model = model.to(device, memory_format=memory_format(settled.info.plan.spatial_dims))  # type: ignore[call-overload]
     describe(console, run, settled.info, model, method, device)
+    for line in [] if can_resume(run) else load_pretrained(model, experiment.model):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     training, validation = prepare(experiment, settled, store, console)
     forget_manifest(run)  # nothing is refused any more, and its files change from here on
     engine = ReconstructionEngine(experiment, run, settled.info, model, method, training, validation, device)

@@ -33,6 +33,8 @@ ATTEMPTS = 3
 """Of a case that kills its worker, or meets an archive or a memory that fails it."""
 STARTS = 3
 """Workers that may fail to start, one after the other."""
+MAX_SAID = 200
+"""Characters of what Ray says."""
 PATIENCE_S = 30.0
 """Wait for the cluster before the user is told that one does."""
 AGAIN = (Code.ARCHIVE, Code.LIMIT, Code.TRUNCATED)
@@ -221,16 +223,20 @@ def cluster() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    is_elsewhere = bool(os.environ.get("RAY_ADDRESS"))
     try:
-        here = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        here = {} if is_elsewhere else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **here)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises Exception itself where one of its processes is late
+        ray.shutdown()
         raise MedsegError(
             Code.ARCHIVE,
-            "the Ray cluster cannot be reached",
-            where="RAY_ADDRESS",
-            got=type(error).__name__,
-            remedy="check RAY_ADDRESS, or unset it to use this machine alone",
+            "the Ray cluster cannot be reached" if is_elsewhere else "Ray does not start on this machine",
+            where="RAY_ADDRESS" if is_elsewhere else "--engine ray",
+            got=" ".join(f"{type(error).__name__}: {error}".split())[:MAX_SAID],
+            remedy="check RAY_ADDRESS, or unset it to use this machine alone"
+            if is_elsewhere
+            else "begin again when the machine is less busy; or start one (ray start --head), and set RAY_ADDRESS",
         ) from error
     try:
         yield ray

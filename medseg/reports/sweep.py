@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,13 +26,17 @@ from medseg.formats.atomic import whole_file
 from medseg.reports.curves import DICE_MEAN, Curve, read_history
 from medseg.reports.evaluation import FOREGROUND
 
+SCORES = {DICE_MEAN: "Dice", "val_auc": "AUC", "val_explained": "explained variance"}
+"""Columns of histories that tell how good a run is, of each task one; larger is better."""
 CONFIG_FILE, HISTORY_FILE, REFUSED_FILE = "config.yaml", "history.csv", "refused.txt"
 FINAL_METRICS = "validation/metrics.json"
 TABLE_FILE, PICTURE_FILE = "sweep.csv", "sweep.png"
 MAX_KEYS = 4
 """Keys that get a panel of the picture."""
 DPI = 150
-DOT = "#0072B2"
+DOT, OTHERS = "#0072B2", "#BBBBBB"
+NAMED = 7
+"""Runs that get a colour and their name, the best ones; the others are grey."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,18 @@ class SweepRun:
     Args:
         name: of its folder.
         settings: key with dots → value, of the whole configuration.
-        dice: best mean Dice of its validations; of several folds the mean of theirs; NaN if there was none.
+        measure: what its validations are judged by, in a word.
+        score: the best of its validations; of several folds the mean of theirs; NaN if there was none.
         final: mean Dice of the final validation over classes and cases; NaN without one.
         minutes: how long it trained.
-        curve: minutes and Dice of its validations.
+        curve: minutes and scores of its validations.
         refused: why it did not end well; None: it did, or goes on still.
     """
 
     name: str
     settings: Mapping[str, Any]
-    dice: float
+    measure: str
+    score: float
     final: float
     minutes: float
     curve: Curve
@@ -108,18 +114,19 @@ def print_sweep(runs: Sequence[SweepRun], console: Console) -> None:
     table.add_column("run", no_wrap=True)
     for title in (key.rpartition(".")[2] if _is_alone(key, keys) else key for key in keys):
         table.add_column(escape(title), overflow="fold")
-    for title in ("Dice", "final", "minutes"):
+    measure = _measure(runs)
+    for title in (measure, "final", "minutes"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for run in _ranked(runs):
-        settings = (escape(_text(run.settings.get(key))) for key in keys)
-        numbers = (_number(run.dice, ".4f"), _number(run.final, ".4f"), _number(run.minutes, ".1f"))
+        settings = (escape(_short(run.settings.get(key))) for key in keys)
+        numbers = (_number(run.score, ".4f"), _number(run.final, ".4f"), _number(run.minutes, ".1f"))
         refused = "" if run.refused is None else f"[red]{escape(run.refused.splitlines()[0])}[/red]"
         table.add_row(escape(run.name), *settings, *numbers, refused)
     console.print(table)
     console.print(
-        "[dim]Dice: best of the validations during training; final: on the scans' own grids. The best of many runs on "
-        "the same cases looks better than it is: judge it on others.[/dim]"
+        f"[dim]{measure}: best of the validations during training; final: Dice on the scans' own grids. The best of "
+        "many runs on the same cases looks better than it is: judge it on others.[/dim]"
     )
 
 
@@ -132,38 +139,48 @@ def write_table(path: Path, runs: Sequence[SweepRun]) -> None:
     keys = differing(runs)
     with whole_file(path, ".csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["run", *keys, "best_validation_dice", "final_dice", "minutes", "refused"])
+        measure = _measure(runs).lower().replace(" ", "_")
+        writer.writerow(["run", *keys, f"best_validation_{measure}", "final_dice", "minutes", "refused"])
         for run in runs:
             settings = [_text(run.settings.get(key)) for key in keys]
-            numbers = [_number(value, ".6g") for value in (run.dice, run.final, run.minutes)]
+            numbers = [_number(value, ".6g") for value in (run.score, run.final, run.minutes)]
             writer.writerow([run.name, *settings, *numbers, (run.refused or "").partition("\n")[0]])
 
 
 def sweep_figure(runs: Sequence[SweepRun]) -> Figure:
-    """Validation Dice over time of each run, and the best Dice over each key in which they differ."""
+    """The validations of each run over time, and the best of them over each key in which the runs differ."""
     keys = differing(runs)[:MAX_KEYS]
     figure = Figure(figsize=(5 + 3 * len(keys), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + len(keys), width_ratios=[5, *([3] * len(keys))], squeeze=False)[0]
-    for run in runs:
-        panels[0].plot(*run.curve, marker=".", linewidth=1, label=run.name)
-    panels[0].set(xlabel="minutes", ylabel="validation Dice (mean)")
-    if len(runs) <= 10 and any(run.curve[0] for run in runs):
-        panels[0].legend(fontsize=6)
+    curves = [run for run in _ranked(runs) if run.curve[0]]
+    for place, run in reversed([*enumerate(curves)]):  # the best ones above the others
+        named = place < NAMED
+        label = run.name if named else f"{len(curves) - NAMED} others" if place == NAMED else None
+        panels[0].plot(*run.curve, ".-", linewidth=1, color=f"C{place}" if named else OTHERS, label=label)
+        if run.refused is not None:
+            panels[0].plot(run.curve[0][-1], run.curve[1][-1], "x", color="black", markersize=5)
+    panels[0].set(xlabel="minutes (×: ended early)", ylabel=f"validation {_measure(runs)} (mean)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if labels:
+        panels[0].legend(handles[::-1], labels[::-1], fontsize=6)
     for panel, key in zip(panels[1:], keys, strict=True):
         _draw_key(panel, key, runs)
     return figure
 
 
 def _draw_key(panel: Axes, key: str, runs: Sequence[SweepRun]) -> None:
-    shown = [(run.settings.get(key), run.dice) for run in runs if run.settings and not math.isnan(run.dice)]
-    are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value, _ in shown)
-    values: list[Any] = [value if are_numbers else _text(value) for value, _ in shown]
-    panel.plot(values, [dice for _, dice in shown], "o", color=DOT, markersize=4)
+    drawn = [run for run in runs if run.settings and not math.isnan(run.score)]
+    shown = [run.settings.get(key) for run in drawn]
+    are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in shown)
+    values: list[Any] = [value if are_numbers else _text(value) for value in shown]
+    for value, run in zip(values, drawn, strict=True):
+        fill: Literal["none", "full"] = "full" if run.refused is None else "none"  # what ended early might have risen
+        panel.plot([value], [run.score], "o", color=DOT, markersize=4, fillstyle=fill)
     positive = [v for v in values if isinstance(v, int | float) and v > 0]
     if are_numbers and len(positive) == len(values) and values and max(positive) > 30 * min(positive):
         panel.set_xscale("log")
-    panel.set(xlabel=key, ylabel="best Dice")
+    panel.set(xlabel=key, ylabel=f"best {_measure(runs)}")
 
 
 def _read(run: Path) -> SweepRun:
@@ -179,19 +196,22 @@ def _read(run: Path) -> SweepRun:
     finals: list[float] = []
     curve: Curve = ([], [])
     minutes = 0.0
+    measure = SCORES[DICE_MEAN]
     for part in parts:
         with suppress(MedsegError, OSError):
             history = read_history(part / HISTORY_FILE)
             clock = dict(zip(*history["minutes"], strict=True)) if "minutes" in history else {}
             minutes += max(clock.values(), default=0.0)
-            steps, dices = history.get(DICE_MEAN, ([], []))
-            best += [max(dices)] if dices else []
-            curve = curve if curve[0] else ([clock.get(step, math.nan) for step in steps], dices)
+            column = next((name for name in SCORES if name in history), DICE_MEAN)
+            steps, scores = history.get(column, ([], []))
+            measure = SCORES[column]
+            best += [max(scores)] if scores else []
+            curve = curve if curve[0] else ([clock.get(step, math.nan) for step in steps], scores)
         with suppress(OSError, ValueError, KeyError, TypeError):
             summary = parse_json((part / FINAL_METRICS).read_text(encoding="utf-8"))["summary"]
             entries = [summary[FOREGROUND]] if FOREGROUND in summary else list(summary.values())
             finals.append(float(entries[0]["metrics"]["dice"]["mean"]))
-    return SweepRun(run.name, settings, _mean(best), _mean(finals), minutes, curve, refused)
+    return SweepRun(run.name, settings, measure, _mean(best), _mean(finals), minutes, curve, refused)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -204,7 +224,12 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _ranked(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    return sorted(runs, key=lambda run: (math.isnan(run.dice), -run.dice if not math.isnan(run.dice) else 0.0))
+    return sorted(runs, key=lambda run: (math.isnan(run.score), -run.score if not math.isnan(run.score) else 0.0))
+
+
+def _measure(runs: Sequence[SweepRun]) -> str:
+    """What they are compared by: runs of one sweep learn one task."""
+    return next((run.measure for run in runs if not math.isnan(run.score)), SCORES[DICE_MEAN])
 
 
 def _is_alone(key: str, keys: Sequence[str]) -> bool:
@@ -218,6 +243,10 @@ def _mean(values: Sequence[float]) -> float:
 
 def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -294,6 +294,11 @@ def begun_before() -> Path | None:
     return Path(store.get(_RUN_KEY).decode()) if store.check([_RUN_KEY]) else None
 
 
+def is_requeued() -> bool:
+    """Whether SLURM has begun this job again, after the end of its time or of its machine."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
 def remember(run: Path) -> None:
     """Tell `begun_before` of the next processes which run this is."""
     if "TORCHELASTIC_RESTART_COUNT" in os.environ and (store := _agent_store()) is not None:

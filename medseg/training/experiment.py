@@ -26,6 +26,8 @@ CONFIG_FILE = "config.yaml"
 PLACES_FILE = "places.yaml"
 """Beside it, for its owner's eyes only: the places, whose names may tell who a patient is. Resuming needs them; a model
 that is handed on does not."""
+WORDS = ("auto", "imagenet")
+"""What keys that hold paths may say instead."""
 MAX_THREADS = 8
 """Most cases that are prepared at a time unless told: beyond, they wait for memory and for the disk."""
 BYTES_OF_A_CASE = 2 * 2**30
@@ -117,8 +119,9 @@ class SegmentationTrainerConfig(TrainerConfig):
     """Centre patches on each class equally often, also on one that few cases have: the class is drawn before the case.
     false draws the case first, and then one of its classes (as nnU-Net)."""
     initial: str | None = None
-    """Begin with the weights of this run (trained, or converted from nnU-Net): fine-tuning. Its network is taken over,
-    and its plan where no key of data.plan says otherwise; heads for other classes begin anew."""
+    """Begin with the weights of this run (trained, pretrained without labels, or converted from nnU-Net): fine-tuning.
+    Its network is taken over, and its plan where no key of data.plan says otherwise; heads for other classes, and all
+    heads after a pretraining, begin anew."""
     overlay_cases: int = 3
     """Validation cases whose overlays are drawn for TensorBoard at each validation."""
     map_cases: int = 1
@@ -170,6 +173,8 @@ class Experiment(Stated):
         ("data", "store"),
         ("data", "split", "file"),
         ("trainer", "initial"),
+        ("model", "weights"),
+        ("model", "classifier"),
         ("plan",),
         ("resume",),
     )
@@ -278,6 +283,11 @@ def write_config(experiment: Stated, run: Path) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
+def is_place(value: object) -> bool:
+    """Whether the value of a key that may hold a path is one, and not a word or a table that stands there instead."""
+    return isinstance(value, str) and value not in WORDS
+
+
 def without_places(experiment: Stated) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration as plain values with null for each of its `places`; and these, by their keys with dots."""
     values: dict[str, Any] = _plain(dataclasses.asdict(experiment))  # type: ignore[call-overload]
@@ -286,7 +296,7 @@ def without_places(experiment: Stated) -> tuple[dict[str, Any], dict[str, str]]:
         group = values
         for name in groups:
             group = group[name]
-        if group[last] not in (None, "auto"):
+        if is_place(group.get(last)):
             places[".".join((*groups, last))] = group[last]
             group[last] = None
     return values, places

@@ -1,5 +1,5 @@
-"""What TensorBoard shows of a run beside its curves: overlays, filters, feature maps, histograms, hyper-parameters, and
-a projector of what the network makes of each case.
+"""What TensorBoard shows of a run beside its curves: overlays, filters, feature maps, how far the result moves with the
+image, histograms, hyper-parameters, and a projector of what the network makes of each case.
 
 Nothing here changes a training: the network is looked at in eval mode, and no random number is drawn.
 """
@@ -24,6 +24,7 @@ from torch.utils.tensorboard.summary import hparams
 from medseg.bundle import BundleInfo, load_bundle
 from medseg.data.prepared import PreparedCase
 from medseg.errors import MedsegError
+from medseg.explain.equivariance import shift_table
 from medseg.explain.layers import layer_table
 from medseg.explain.maps import MapPlaces, feature_maps, first_filters, map_of, map_places, plane
 from medseg.explain.pictures import filter_grid, image_grid, map_grid, thumbnail
@@ -92,6 +93,7 @@ class Pictures:
         self._mapped = {
             case.case_id: patch_of(case, info.plan.patch_size) for case in spread(validation, config.map_cases)
         }
+        self._moving = next(iter(spread(validation, config.map_cases)), None)
         self._places: MapPlaces | None = None
 
     def draw(self, journal: Journal, model: SegmentationModel, predicted: Mapping[str, np.ndarray], step: int) -> None:
@@ -150,6 +152,22 @@ class Pictures:
             for name, found in maps.items():
                 picture = map_grid(torch.nan_to_num(plane(found, patch.share)[:MAX_MAPS].float()))
                 journal.picture(f"maps/{case_id}/{name}", picture, step)
+        if self._moving is not None:
+            for voxels, share in self._equivariance(model, self._moving).items():
+                journal.board.add_scalar(f"equivariance/moved by {voxels}", share, step)
+
+    def _equivariance(self, model: SegmentationModel, case: PreparedCase) -> dict[int, float]:
+        """How much of the result moves with the patch: voxels along the last axis → share of the voxels, far from the
+        borders, that keep their class. Strides leave only multiples of the divisor exact."""
+        size, step = self.info.plan.patch_size, model.divisor[-1]
+        shifts = [n for n in sorted({1, step}) if n < model.output_size(size)[-1]]
+        room = (*size[:-1], size[-1] + step)
+        image, _ = case.cut(start_around(_place_of(case), room, case.shape), room)
+        along_last = [(*(0 for _ in size[1:]), n) for n in shifts]
+        overlapping = bool(self.info.labels.regions)
+        with autocast(self.device, self.precision):
+            found = shift_table(model, image.to(self.device), size, along_last, overlapping=overlapping)
+        return {n: shift.agreement_middle for n, shift in zip(shifts, found, strict=True)}
 
 
 def spread(cases: Sequence[T], number: int) -> list[T]:
@@ -159,12 +177,17 @@ def spread(cases: Sequence[T], number: int) -> list[T]:
 
 def patch_of(case: PreparedCase, size: tuple[int, ...]) -> Patch:
     """The patch of a case around a voxel of its most frequent structure; around its middle where it has none."""
-    largest = max(case.locations[1:], key=len, default=())
-    middle = largest[len(largest) // 2] if len(largest) else [n // 2 for n in case.shape]
-    place = [int(i) for i in middle]
+    place = _place_of(case)
     start = start_around(place, size, case.shape)
     image, _ = case.cut(start, size)
     return Patch(image, (place[0] - start[0] + 0.5) / size[0] if len(size) == 3 else None)
+
+
+def _place_of(case: PreparedCase) -> list[int]:
+    """A voxel of its most frequent structure; the middle where it has none."""
+    largest = max(case.locations[1:], key=len, default=())
+    middle = largest[len(largest) // 2] if len(largest) else [n // 2 for n in case.shape]
+    return [int(i) for i in middle]
 
 
 def conclude_board(

@@ -19,6 +19,7 @@ from medseg.errors import Code, MedsegError
 from medseg.training.distributed import num_processes
 from medseg.training.experiment import Experiment
 from medseg.training.initial import as_before, begun_by
+from medseg.training.pretrained import settled
 
 OF_STAGES = ("widths", "kernels", "strides")
 """What a plan and the settings of a network both state."""
@@ -35,6 +36,7 @@ def plan_run(experiment: Experiment, found: Survey, device: torch.device) -> Bun
             What planning and a plan file refuse.
     """
     stated = experiment.data.plan
+    experiment = dataclasses.replace(experiment, model=settled(experiment.model))
     experiment, before = begun_by(experiment, spatial_dims=found.spatial_dims, num_channels=found.num_channels)
     is_here = device.type != "cuda" or torch.cuda.is_available()
     precision = choose_precision(experiment.trainer.precision, device) if is_here else PRECISION_ELSEWHERE

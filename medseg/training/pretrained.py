@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,13 @@ def settled(settings: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def load_pretrained(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
+def load_pretrained(model: nn.Module, settings: Mapping[str, Any], classes: Sequence[str] = ()) -> list[str]:
     """Put the weights that `model.weights` or `model.classifier` names into a fresh network.
 
     Args:
         model: changed in place.
         settings: as the user states them.
+        classes: names of the network's scores; the scores of a classifier of other classes are not taken.
     Returns:
         Lines that say what was taken; none where nothing is named.
     Raises:
@@ -92,7 +93,10 @@ def load_pretrained(model: nn.Module, settings: Mapping[str, Any]) -> list[str]:
     tensors = read_weights(str(place), backbone.network)
     notes = load_backbone(backbone, own_names(backbone, tensors))
     if isinstance(classifier, str) and isinstance(model, FCN):
-        notes += model.load_classifier(tensors)
+        before = _description(Path(classifier))["classes"]
+        model.load_classifier(tensors, with_scores=before == list(classes))
+        if before != list(classes):
+            notes.append(f"the scores begin anew, for {', '.join(classes)} instead of {', '.join(before)}")
     number, whole = len(backbone.state_dict()), len(model.state_dict())
     lines = [f"weights    {number} of {whole} tensors: {backbone.network or 'the convolutions'} as in {place}"]
     if isinstance(classifier, str):
@@ -219,15 +223,25 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
 
 def _classifier_in(run: Path) -> dict[str, Any]:
     """The settings of the classifier that a run trained, without what only its training had."""
+    settings: dict[str, Any] = _description(run)["model"]
+    return {key: value for key, value in settings.items() if key not in ("weights", "frozen_stages")}
+
+
+def _description(run: Path) -> dict[str, Any]:
+    """What the bundle of a classifier states.
+
+    Raises:
+        MedsegError: E_RUN if it is none, or cannot be read; E_VERSION.
+    """
     path = opened(run) / BUNDLE_FILE
     try:
         if path.stat().st_size > MAX_DESCRIPTION_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes are too many for a description")
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         check_format(content, BUNDLE_FORMAT, where=path)
-        model = content["model"]
-        if content.get(TASK_KEY) != "classification" or not isinstance(model["name"], str):
+        if content.get(TASK_KEY) != "classification" or not isinstance(content["model"]["name"], str):
             raise ValueError("it does not classify")
+        content["classes"] = [str(name) for name in content["classes"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MedsegError(
             Code.RUN,
@@ -236,7 +250,7 @@ def _classifier_in(run: Path) -> dict[str, Any]:
             expected="a folder that medseg train task=classification made, or its bundle",
             got=f"{run}: {error}",
         ) from error
-    return {key: value for key, value in model.items() if key not in ("weights", "frozen_stages")}
+    return content
 
 
 def _missing(path: Path) -> MedsegError:

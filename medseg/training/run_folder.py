@@ -37,8 +37,9 @@ def remove_unstarted(folder: Path) -> None:
     """Remove what a run wrote that was refused before it had a plan; the folder too if nothing else is in it."""
     if (folder / BUNDLE_FILE).exists() or (folder / FOLDS_FILE).exists():
         return
-    for name in ("train.log", "plan.log", CONFIG_FILE, PLACES_FILE, SPLIT_FILE, SURVEY_FILE, PLAN_FILE):
-        (folder / name).unlink(missing_ok=True)
+    settled = (folder / name for name in (CONFIG_FILE, PLACES_FILE, SPLIT_FILE, SURVEY_FILE, PLAN_FILE))
+    for path in (*folder.glob("*.log"), *settled):  # Hydra names its log for the verb or the task
+        path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -43,6 +43,7 @@ from medseg.training.lock import locked
 from medseg.training.loop import Loop
 from medseg.training.pictures import conclude_board
 from medseg.training.postprocessing import forget_postprocessing, postprocess_run
+from medseg.training.pretrained import load_pretrained
 from medseg.training.sides import with_sides
 from medseg.training.signals import save_signal_is_harmless
 from medseg.training.state import can_resume
@@ -256,6 +257,9 @@ def _train_fold(
     torch.manual_seed(experiment.seed)
     model = info.build_model().to(device, memory_format=memory_format(info.plan.spatial_dims))  # type: ignore[call-overload]
     describe(console, run, info, model, device)
+    outputs = info.labels.declared[-info.labels.num_outputs :]
+    for line in [] if can_resume(run) else load_pretrained(model, experiment.model, outputs):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if experiment.trainer.initial is not None and not can_resume(run):
         initial = Path(experiment.trainer.initial)
         for line in load_initial(model, info, initial) + seen_before(initial, split, experiment.data.root):

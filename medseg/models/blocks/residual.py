@@ -105,7 +105,7 @@ class PreActivationResidualBlock(Block):
         is_first: leave out the first normalisation and activation, where the block stands at the start of a network.
 
     Source:
-        He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, equation 5 and figure 4e.
+        He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, figure 4e.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from medseg.data.augment.intensity import upload
 from medseg.errors import Code, MedsegError
 from medseg.pretraining.methods.method import METHODS, Hidden, Method
 from medseg.pretraining.reconstruction import Error
@@ -103,7 +104,7 @@ class Masked(Method):
         block = self.block_size(size)
         draws = [np.random.default_rng([*key, index, MASKING]) for index in indices]
         masks = np.stack([random_blocks(size, block, self.config.ratio, draw) for draw in draws])
-        asked = torch.from_numpy(masks)[:, None].to(image.device)
+        asked = upload(torch.from_numpy(masks)[:, None], image.device)
         return Hidden(torch.where(asked, self._filling(image, draws), image), asked.to(image.dtype))
 
     def _filling(self, image: torch.Tensor, draws: list[np.random.Generator]) -> torch.Tensor:
@@ -111,7 +112,7 @@ class Masked(Method):
             return image.new_zeros(())
         axes = tuple(range(2, image.ndim))
         noise = np.stack([draw.standard_normal(image.shape[1:], dtype=np.float32) for draw in draws])
-        filling = torch.from_numpy(noise).to(image.device, image.dtype)
+        filling = upload(torch.from_numpy(noise), image.device).to(image.dtype)
         return filling * image.std(axes, correction=0, keepdim=True) + image.mean(axes, keepdim=True)
 
 

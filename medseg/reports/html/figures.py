@@ -219,11 +219,12 @@ def agreement_figure(evaluation: Evaluation, metric: Metric) -> tuple[Figure, li
     return figure, [name for name in agreements if name not in shown]
 
 
-def reliability_figure(bins: Mapping[str, Calibration]) -> Figure:
+def reliability_figure(bins: Mapping[str, Calibration], what: str = "voxels") -> Figure:
     """Accuracy over confidence, a panel for each set of voxels; below it how many voxels are that confident.
 
     Args:
         bins: heading → its voxels by confidence.
+        what: is counted: voxels, or images.
     Source:
         Guo et al., ICML 2017, figure 1.
     """
@@ -243,7 +244,7 @@ def reliability_figure(bins: Mapping[str, Calibration]) -> Figure:
         for ax in (above, below):
             _quieten(ax, "y")
     panels[0, 0].set_ylabel("accuracy", fontsize=8)
-    panels[1, 0].set_ylabel("voxels", fontsize=8)
+    panels[1, 0].set_ylabel(what, fontsize=8)
     return figure
 
 

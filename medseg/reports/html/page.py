@@ -101,22 +101,35 @@ def render(report: Report) -> str:
 
 
 def _render(report: Report) -> str:
+    return render_template(
+        "report.html.j2",
+        report=report,
+        card=None if report.card is None else markdown(report.card),
+        remarks=_remarks(report),
+        curves={name: _curves(i, name, curves) for i, (name, curves) in enumerate(report.curves.items())},
+        **({} if report.evaluation is None else _measured(report, report.evaluation)),
+    )
+
+
+def render_template(name: str, **values: object) -> str:
+    """A page of a template, with the style, the script and the policy that all pages have.
+
+    Args:
+        name: of a file in `templates/`.
+        values: what it shows.
+    """
     script, style = _resource("report.js"), _resource("report.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return _template().render(
-        report=report,
+    return _template(name).render(
         script=Markup(script),  # noqa: S704 (our own file)
         style=Markup(style),  # noqa: S704
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'",
         disclaimer=_inline(DISCLAIMER),
-        card=None if report.card is None else markdown(report.card),
-        remarks=_remarks(report),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=medseg.__version__,
-        curves={name: _curves(i, name, curves) for i, (name, curves) in enumerate(report.curves.items())},
         level=f"{LEVEL:.0%}",
-        **({} if report.evaluation is None else _measured(report, report.evaluation)),
+        **values,
     )
 
 
@@ -221,9 +234,13 @@ def _resource(name: str) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_resource),
     )
     environment.globals["max_named"] = MAX_NAMED
-    return environment.from_string(_resource("report.html.j2"))
+    return environment.get_template(name)
