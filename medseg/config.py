@@ -315,7 +315,9 @@ def _explain(error: Exception, config_name: str, arguments: Sequence[str]) -> Me
     if option and isinstance(error, MissingConfigException):
         group, name = option.groups()
         options = re.findall(r"^\t+(\S+)$", text, flags=re.MULTILINE)
-        known = [o for o in options if not o.startswith("_")] or task_of(arguments).options(group)
+        served = task_of(arguments).options(group)
+        of_others = {path.stem for path in (configs_folder() / group).glob("*.yaml")}.difference(served)
+        known = [o for o in options if not o.startswith("_") and o not in of_others] or served
         return MedsegError(
             Code.CONFIG,
             f"there is no option {name!r} of {group}",

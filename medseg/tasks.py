@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from medseg.models import MODELS
 from medseg.models.classifiers import CLASSIFIERS
 from medseg.pretraining.experiment import PretrainingExperiment, PretrainingTrainerConfig
 from medseg.pretraining.methods import METHODS
-from medseg.registry import Registry
+from medseg.registry import Registry, described_fields
 from medseg.training.experiment import DataConfig, Experiment, SegmentationTrainerConfig, Stated
 from medseg.training.optimizers import OPTIMIZERS
 from medseg.training.schedules import SCHEDULES
@@ -59,8 +59,25 @@ class Task:
         """The YAML files of a group that serve it: those that start from its defaults, or from none."""
         names = {f"_{name}" for name in self.parts[group].names()} if group in self.parts else set()
         names |= {self.plain[group][0]} if group in self.plain else set()
-        found = {path.stem: _starts_from(path) for path in sorted((configs_folder() / group).glob("*.yaml"))}
+        paths = sorted((configs_folder() / group).glob("*.yaml"))
+        if group not in self.groups:  # presets and the like, which set keys of several groups
+            main = parse_yaml((configs_folder() / f"{self.config}.yaml").read_text(encoding="utf-8"))
+            named = any(group in entry for entry in main["defaults"] if isinstance(entry, dict))
+            return [path.stem for path in paths if named and self._has_all_keys_of(path)]
+        found = {path.stem: _starts_from(path) for path in paths}
         return [name for name, start in found.items() if start is None or start in names]
+
+    def _has_all_keys_of(self, path: Path) -> bool:
+        """Whether everything that a YAML sets is there to be set."""
+        content = parse_yaml(path.read_text(encoding="utf-8")) or {}
+        for entry in content.pop("defaults", []):
+            for place, option in entry.items() if isinstance(entry, dict) else ():
+                group = str(place).removeprefix("override /")
+                if group not in self.groups or option not in self.options(group):
+                    return False
+        known = {key for key, _, _ in described_fields(self.experiment)}
+        known |= {key for group, (_, cls) in self.plain.items() for key, _, _ in described_fields(cls, group)}
+        return all(key in known or key.split(".")[0] in self.parts for key in _keys(content))
 
 
 TASKS: dict[str, Task] = {
@@ -144,3 +161,12 @@ def _starts_from(path: Path) -> str | None:
     defaults = (parse_yaml(path.read_text(encoding="utf-8")) or {}).get("defaults") or [None]
     first = defaults[0]
     return first if isinstance(first, str) and first.startswith("_") and first != "_self_" else None
+
+
+def _keys(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of nested tables, with dots between them."""
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

@@ -34,6 +34,8 @@ from medseg.phantom import write_phantoms
 
 PAGE = PAGES / "scaling.md"
 NEEDED = ["medseg", "torch"]
+ATTEMPTS = 3
+"""Of a preparation: Ray gives its processes half a minute to start."""
 FEWEST_CASES = 4
 """That a training takes."""
 
@@ -64,16 +66,24 @@ def train(arguments: argparse.Namespace, number: int, data: Path, folder: Path) 
 
 def prepare(arguments: argparse.Namespace, number: int, sets: list[Path], folder: Path) -> float:
     """Cases per second of a cluster of this machine."""
-    seconds = []
-    for data in sets:
-        store = folder / "prepared"
-        shutil.rmtree(store, ignore_errors=True)
-        begin = time.perf_counter()
-        engine = ("--engine", "ray", "--workers", str(number))
-        _medseg(arguments, "prepare", *engine, f"data.root='{data}'", f"data.store='{store}'", "data.num_threads=1")
-        seconds.append(time.perf_counter() - begin)
+    seconds = [_seconds_to_prepare(arguments, number, data, folder / "prepared") for data in sets]
     few, many = arguments.cases
     return (many - few) / max(seconds[1] - seconds[0], 1e-9)
+
+
+def _seconds_to_prepare(arguments: argparse.Namespace, number: int, data: Path, store: Path) -> float:
+    settings = (f"data.root='{data}'", f"data.store='{store}'", "data.num_threads=1")
+    for left in reversed(range(ATTEMPTS)):
+        shutil.rmtree(store, ignore_errors=True)
+        begin = time.perf_counter()
+        try:
+            _medseg(arguments, "prepare", "--engine", "ray", "--workers", str(number), *settings)
+        except subprocess.CalledProcessError:
+            if not left:
+                raise
+        else:
+            break
+    return time.perf_counter() - begin
 
 
 def _medseg(arguments: argparse.Namespace, *words: str) -> None:
@@ -134,8 +144,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="of each process that trains")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--cases", type=int, nargs=2, default=[4, 36], metavar=("FEW", "MANY"), help="to be prepared")
-    parser.add_argument("--size", type=float, default=1.0, help="of these phantoms")
+    parser.add_argument("--cases", type=int, nargs=2, default=[2, 26], metavar=("FEW", "MANY"), help="to be prepared")
+    parser.add_argument("--size", type=float, default=2.0, help="of these phantoms")
     parser.add_argument("--skip-preparing", action="store_true", help="without Ray")
     arguments = parser.parse_args()
     results = measure(arguments)

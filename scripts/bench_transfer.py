@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 from bench_models import DATA, RESULTS, train
+from PIL import Image
 
-STEPS = {"classifier": 100, "fcn": 150, "unet_resnet": 40}
+STEPS = {"classifier": 100, "fcn": 150, "unet_resnet": 60}
 """Of each training: what one core does in a minute or two."""
+LUNG_PIXELS = 96
 PIXELS = 64
 """Along each axis of what the classifiers see."""
 SMALL = {"name": "cnn", "widths": [16, 32, 64, 64], "head": "flatten", "hidden": [64], "image_size": PIXELS}
@@ -40,12 +42,11 @@ PNEUMONIA = (
     "trainer.report=false",
 )
 LUNGS = (
-    f"data.root='{DATA / 'segmentation' / 'cxr_lungs'}'",
     "data.labels={background: 0, right_lung: 1, left_lung: 2}",
-    "data.plan.spacing_mm=[8,8]",  # pixels of the picture: about 96 are left along each axis
     "data.plan.patch_size=[96,96]",
     "data.plan.batch_size=4",
     "trainer.foreground_share=0",
+    "augment=none",  # that of pictures turns them by any angle, after which right and left are hard to tell
     "trainer.device=cpu",
     "trainer.num_validations=1",
     "trainer.ema=0.95",
@@ -57,10 +58,21 @@ LUNGS = (
 )
 ABOUT = """\
 Made by `python scripts/bench_transfer.py`: the right and the left lung on 45 chest X-rays (36 to train, 9 to validate),
-scaled down eight times, a minute or two of one CPU core for each training; Dice is of the validation images on their
-own pixels, the mean over seeds, with the lowest and the highest. The classifiers saw other chest X-rays, of 28×28
+scaled down to 96 pixels, a minute or two of one CPU core for each training; Dice is of the validation images, the mean
+over seeds, with the lowest and the highest where there are several. The classifiers saw other chest X-rays, of 28×28
 pixels, with or without pneumonia. ImageNet's weights were not at hand. So few steps show how fast a network gets
 somewhere, not where it ends, and differences within the range of the seeds mean nothing."""
+
+
+def write_small(folder: Path) -> None:
+    """The X-rays and their labels with `LUNG_PIXELS` along the longer axis."""
+    for part, method in (("images", Image.Resampling.BOX), ("labels", Image.Resampling.NEAREST)):
+        (folder / part).mkdir(parents=True)
+        for path in sorted((DATA / "segmentation" / "cxr_lungs" / part).glob("*.png")):
+            with Image.open(path) as picture:
+                factor = LUNG_PIXELS / max(picture.size)
+                size = (round(picture.width * factor), round(picture.height * factor))
+                picture.resize(size, method).save(folder / part / path.name)
 
 
 def rows(classifiers: Path) -> dict[str, tuple[str, ...]]:
@@ -70,7 +82,7 @@ def rows(classifiers: Path) -> dict[str, tuple[str, ...]]:
     found = {"unet_resnet, fresh": ("model=unet_resnet",)}
     found["unet_resnet, of the classifier"] = ("model=unet_resnet", f"model.weights={resnet}")
     found["fcn, stride 4, fresh"] = ("model=fcn", f"model.classifier={fresh}", "model.output_stride=4")
-    for stride in (4, 2, 8, 16):
+    for stride in (4, 16, 2, 8):
         settings = (f"model.classifier={cnn}", f"model.output_stride={stride}")
         found[f"fcn, stride {stride}, of the classifier"] = ("model=fcn", *settings)
     added = ("model=unet_resnet", f"model.weights={resnet}", "model.skip=add")
@@ -87,7 +99,8 @@ def train_classifier(name: str, run: Path, steps: int) -> dict[str, Any]:
         settings = ("model=cnn_fc", f"model.widths={SMALL['widths']}", f"model.hidden={SMALL['hidden']}")
     overrides = (*PNEUMONIA, *settings, f"trainer.max_steps={steps}")
     command = [sys.executable, "-m", "medseg", "train", *overrides, f"hydra.run.dir='{run}'"]
-    subprocess.run(command, check=True)
+    if not run.is_dir():
+        subprocess.run(command, check=True)
     history = (run / "history.csv").read_text().splitlines()
     header, values = history[0].split(","), history[-1].split(",")
     auc = next(value for name, value in zip(header, values, strict=True) if "auc" in name and value)
@@ -104,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of each training, to try the script")
+    parser.add_argument("--classifiers", type=Path, help="folder that keeps the classifiers for the next time")
     parser.add_argument("--again", action="store_true", help="also what was run before")
     arguments = parser.parse_args()
     stored = RESULTS / "transfer.json"
@@ -111,22 +125,24 @@ def main() -> None:
     if stored.is_file() and not arguments.again and not arguments.steps:
         results = json.loads(stored.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        classifiers = Path(folder) / "classifiers"
+        classifiers = (arguments.classifiers or Path(folder) / "classifiers").absolute()
         done = results["rows"]
+        lungs = Path(folder) / "lungs"
+        write_small(lungs)
         for seed in range(arguments.seeds):
             for name, overrides in rows(classifiers).items():
                 if str(seed) in done.get(name, {}):
                     continue
                 for classifier in ("cnn", "resnet18"):
-                    if str(classifiers / classifier) in " ".join(overrides) and not (classifiers / classifier).is_dir():
+                    if str(classifiers / classifier) in " ".join(overrides):
                         steps = arguments.steps or STEPS["classifier"]
-                        results["classifiers"][classifier] = train_classifier(
-                            classifier, classifiers / classifier, steps
-                        )
+                        about = train_classifier(classifier, classifiers / classifier, steps)
+                        results["classifiers"][classifier] = about
                 budget = f"trainer.max_steps={arguments.steps or STEPS[overrides[0].partition('=')[2]]}"
                 run = Path(folder) / f"{seed}_{list(rows(classifiers)).index(name)}"
-                result = train(run, (*LUNGS, *overrides, budget, f"seed={seed}"))
-                result["command"] = result["command"].replace(str(classifiers), "RUNS")
+                result = train(run, (f"data.root='{lungs}'", *LUNGS, *overrides, budget, f"seed={seed}"))
+                command = result["command"].replace(str(classifiers), "RUNS").replace(str(lungs), "LUNGS")
+                result["command"] = command
                 done.setdefault(name, {})[str(seed)] = result
                 if not arguments.steps:
                     stored.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

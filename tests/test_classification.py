@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,9 @@ def test_predict_and_evaluate_are_what_the_run_says(
         main(["predict", str(run), str(pictures / "test"), "-o", str(tmp_path / "more"), "--preview"])
     assert "does not take --preview" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path / "out"), str(pictures / "test"), "--instances"])
+    assert "classification does not take --instances" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "out"), str(pictures / "val")])
     assert "12 of 12 references have no prediction" in capsys.readouterr().err
 
@@ -387,3 +391,23 @@ def test_real_images(real_data: Path) -> None:
     assert found.classes == ("benign", "malignant", "normal") and len(found.cases) == 150
     arrays = find_classified(real_data / "classification" / "pneumonia" / "pneumoniamnist.npz", ["normal", "pneumonia"])
     assert Counter(case.split for case in arrays.cases) == {"train": 3882, "val": 524, "test": 624}
+
+
+def test_a_folder_of_slices_is_one_case(real_data: Path, tmp_path: Path) -> None:
+    series = sorted(path for path in (real_data / "dicom" / "series" / "hippocrop_dicom").rglob("*") if path.is_dir())
+    slices = [path for path in series if any(file.is_file() for file in path.iterdir())][:2]
+    for name, folder in zip(("a", "b"), slices, strict=True):
+        shutil.copytree(folder, tmp_path / name / f"scan_{name}")
+    found = find_classified(tmp_path)
+    assert [(case.case_id, case.class_name) for case in found.cases] == [("scan_a", "a"), ("scan_b", "b")]
+    facts, bad = survey_images(found.cases, READING, threads=1)
+    assert not bad and all(len(one.shape) == 3 and one.modality == "MR" for one in facts.values())
+    assert [case.case_id for case in find_images([tmp_path / "a" / "scan_a"])] == ["scan_a"]
+
+
+def test_a_few_images_can_be_learnt_by_heart(pictures: Path, tmp_path: Path) -> None:
+    overrides = [f"data.root={pictures}", *QUICK, "trainer.overfit_cases=2", "trainer.max_steps=2", "augment=none"]
+    result = train(compose("classification", overrides), tmp_path / "run", Console(quiet=True))
+    assert len(result.validation.cases) == 4 and result.test is None
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split["train"] == split["val"] and split["rule"].startswith("overfitting")

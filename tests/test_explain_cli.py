@@ -88,6 +88,8 @@ def test_refusals(refused, tiny_run, tmp_path):
     message = refused(*valid, "model.deep_supervision=false", "--size", "61x68")
     assert "E_MODEL" in message
     assert "nearest that fit, axis by axis: 60 or 64; 68" in message
+    assert "did you mean 'resnet18'" in refused("model=resnt18")
+    assert "did you mean 'unet'" in refused("model=unett")
     assert "no size of an image" in refused("model=unet", "--size", "big")
     assert "names no model" in refused("model=unet", tmp_path / "nothing")
     assert "no key changes it" in refused(tiny_run.run, "model=unet")

@@ -12,11 +12,12 @@ from medseg.explain.effective import effective_field
 from medseg.explain.equivariance import shift_table
 from medseg.explain.excitation import LARGEST, most_exciting
 from medseg.explain.layers import layer_table
-from medseg.explain.maps import feature_maps, first_filters, map_places, plane
+from medseg.explain.maps import around_middle, feature_maps, first_filters, map_places, plane
 from medseg.explain.pictures import filter_grid, heat_map, image_grid, map_grid, save_picture
 from medseg.explain.saliency import answered, grad_cam, gradient_saliency, occlusion_saliency
 from medseg.explain.tracing import map_shapes
 from medseg.models import MODELS, SegmentationModel
+from medseg.models.classifiers import ClassificationModel
 
 
 class Linear(SegmentationModel):
@@ -332,3 +333,31 @@ def test_shapes_of_maps_are_those_that_are_computed():
     maps = feature_maps(model, torch.randn(1, 16, 32), list(shapes))
     assert {name: tuple(found.shape) for name, found in maps.items()} == shapes
     assert list(shapes)[-1] == "" and not any(m._forward_hooks for m in model.modules())
+
+
+class Weighing(ClassificationModel):
+    """A classifier whose scores are weighted sums of the voxels."""
+
+    in_channels, num_classes, spatial_dims = 1, 2, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(36, 2)
+
+    def forward(self, x):
+        return self.scores(x.flatten(1))
+
+
+def test_saliency_of_a_classifier_by_hand():
+    torch.manual_seed(0)
+    model, image, all_of_it = Weighing(), torch.randn(1, 6, 6), torch.ones(1, dtype=torch.bool)
+    weight = model.scores.weight.detach()[1].view(6, 6)
+    assert torch.allclose(gradient_saliency(model, image, 1, all_of_it), weight.abs())
+    falls = occlusion_saliency(model, image, 1, all_of_it, window=(1, 1), step=(1, 1), fill=0.0)
+    assert torch.allclose(falls, weight * image[0], atol=1e-6)
+
+
+def test_what_the_middle_sees_is_cut_out():
+    images = torch.arange(2 * 9 * 12).view(2, 9, 12)
+    assert torch.equal(around_middle(images, (3, None)), images[:, 2:7])
+    assert torch.equal(around_middle(images, (99, 1)), images[:, :, 5:8])

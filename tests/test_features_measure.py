@@ -194,6 +194,15 @@ def test_structures_of_dicom_annotations(tmp_path: Path, write: object, capsys: 
     assert "E_REFERENCE" in said
 
 
+def test_two_drawings_of_one_structure_are_told_apart(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "tree" / "ct", 1, [GTV])
+    for name in ("first", "second"):
+        write_rtstruct(tmp_path / "tree" / f"{name}.dcm", files, {"tumour": GTV})
+    main(["measure", str(tmp_path / "tree"), str(tmp_path / "tree"), "-o", str(tmp_path / "f.csv"), *FAST])
+    names = [row["label"] for row in rows_of(tmp_path / "f.csv")]
+    assert len(set(names)) == 2 and all(name.startswith("tumour (RTSTRUCT_") for name in names)
+
+
 def test_embeddings_of_structures_and_of_scans(tiny_run: TinyRun, tmp_path: Path) -> None:
     out = tmp_path / "e.csv"
     images, labels = tiny_run.data / "imagesTr", tiny_run.data / "labelsTr"
@@ -229,6 +238,7 @@ def test_embeddings_of_structures_and_of_scans(tiny_run: TinyRun, tmp_path: Path
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, label = case(tmp_path, "a")
     assert "LABEL is missing" in refused(image, "-o", tmp_path / "f.csv", capsys=capsys)
+    assert "nothing to measure" in refused(image, label, "-o", "f.csv", "--families", "none", capsys=capsys)
     said = refused(image, label, "-o", tmp_path / "f.csv", "--families", "shape,glmc", capsys=capsys)
     assert "E_NAME" in said and "glcm" in said
     said = refused(image, label, "-o", tmp_path / "f.csv", "--bins", "8", "--bin-width", "2", capsys=capsys)

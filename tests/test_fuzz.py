@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,6 +27,7 @@ from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian
 
 from medseg.bundle import checkpoint_path, write_checkpoint
+from medseg.classification.images import npz_arrays
 from medseg.config import compose
 from medseg.data.cases import find_cases
 from medseg.data.manifest import read_manifest
@@ -225,6 +230,40 @@ def test_what_fuzzing_found_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "history.csv"
     path.write_bytes(b"step,train_loss\n1,0.5\n\x9c,0.4\n3,0.3\n")
     assert read_history(path)["train_loss"] == ([1, 3], [0.5, 0.3])
+
+
+def npz_of(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_npz_of_strangers(tmp_path: Path) -> None:
+    """Sizes that no file holds, members that are no arrays, pickles, and damage at every k-th byte."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)})
+    for name, members in (
+        ("absurd", {"train_images.npy": header.getvalue()}),
+        ("bomb", {"train_images.npy": bytes(10**7)}),
+        ("text", {"notes.txt": b"no array"}),
+    ):
+        with pytest.raises(MedsegError) as caught:
+            npz_arrays(npz_of(tmp_path / f"{name}.npz", members))
+        assert caught.value.code == (Code.LIMIT if name == "absurd" else Code.TRUNCATED)
+    np.savez(tmp_path / "pickle.npz", train_images=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(MedsegError, match="E_TRUNCATED"):
+        npz_arrays(tmp_path / "pickle.npz")
+    np.savez_compressed(tmp_path / "whole.npz", train_images=np.arange(64).reshape(4, 4, 4), train_labels=np.arange(4))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    assert npz_arrays(tmp_path / "whole.npz")["train_images"].shape == (4, 4, 4)
+    for place in range(0, len(whole), 7):
+        path = tmp_path / f"{place}.npz"
+        for content in (whole[:place], whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :]):
+            path.write_bytes(content)
+            npz_arrays.cache_clear()
+            with suppress(MedsegError):
+                npz_arrays(path)
 
 
 def test_what_atheris_mutates_is_what_the_damage_is_drawn_from(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_too_little_memory_is_refused_and_values_that_were_set_are_believed() ->
         ["data.plan.configuration=2d", "data.plan.patch_size=[1,192,192]", "data.plan.batch_size=12"],
         ["model=unet_plus_plus", "data.plan.patch_size=[64,64,64]", "data.plan.batch_size=2"],
         ["model=segnet", "data.plan.patch_size=[64,96,96]", "data.plan.batch_size=2", "data.plan.base_width=32"],
-        ["model=vnet", "data.plan.patch_size=[96,96,96]", "data.plan.batch_size=2", "data.plan.base_width=8"],
+        ["model=vnet", "data.plan.patch_size=[64,64,64]", "data.plan.batch_size=2"],
         ["model=deepmedic", "data.plan.patch_size=[75,75,75]", "data.plan.batch_size=4"],
     ],
 )  # fmt: skip

@@ -144,6 +144,16 @@ def test_a_training_finds_what_was_prepared(
     assert not decodings and "4 cases found prepared" in capfd.readouterr().out
 
 
+def test_machines_without_a_gpu_prepare_for_one(data: Path, tmp_path: Path, decodings: list[str]) -> None:
+    """What is planned for a GPU has larger patches; cases are the same."""
+    stated, said = [f"data.root='{data}'", f"data.store='{tmp_path / 'store'}'"], io.StringIO()
+    prepare_data(compose("train", [*stated, "trainer.device=cpu"]), Console(quiet=True))
+    decodings.clear()
+    gpu = compose("train", [*stated, "trainer.device=cuda", "data.plan.memory_gb=24"])
+    prepare_data(gpu, Console(file=said, width=200))
+    assert "4 cases found prepared" in said.getvalue() and not decodings
+
+
 def test_workers_prepare_what_one_process_would(
     data: Path, tmp_path: Path, decodings: list[str], here: InProcess
 ) -> None:

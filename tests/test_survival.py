@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -309,3 +310,31 @@ def test_too_few_events_and_features_that_are_sums(tmp_path: Path) -> None:
         analyse(twice, penalty=0.0)
     ridge = analyse(twice, penalty=0.1)
     assert ridge.effects[0].hazard_ratio == pytest.approx(ridge.effects[1].hazard_ratio)
+
+
+def test_without_lifelines_the_verb_says_what_to_install(
+    rossi: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lifelines", None)
+    with pytest.raises(SystemExit) as left:
+        main(["survival", str(rossi), "--time", "week", "--event", "arrest"])
+    assert left.value.code == 2
+    assert "medseg[survival]" in capsys.readouterr().err
+
+
+def test_the_picture_has_the_numbers_at_risk() -> None:
+    from medseg.survival.analysis import analyse
+    from medseg.survival.figures import at_risk, effects_figure, kaplan_meier_figure
+
+    found = analyse(made_up(90, 2), num_folds=3, num_groups=3)
+    figure = kaplan_meier_figure(found, "months")
+    curves, table = figure.axes
+    assert curves.get_xlabel() == "months"
+    assert len(curves.get_legend().get_texts()) == 3
+    written = [text.get_text() for text in table.texts]
+    for curve in found.curves:
+        assert curve.at_risk[0] == 30 and str(at_risk(curve, 0.0)) in written and curve.name in written
+        at = float(np.median(found.cohort.time))
+        inside = found.groups == [c.name for c in found.curves].index(curve.name)
+        assert at_risk(curve, at) == int((found.cohort.time[inside] >= at).sum())
+    assert len(effects_figure(found).axes[0].get_yticks()) == 2

@@ -6,6 +6,8 @@ import csv
 import io
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -221,6 +223,27 @@ def test_a_job_that_slurm_begins_again_goes_on(tmp_path: Path, monkeypatch: pyte
     (folder / BUNDLE_FILE).write_text("{}")
     run_hydra("train", arguments, task)
     assert given == [(None, 5), (None, 5), (str(folder), 5)]
+
+
+def test_the_command_for_slurm_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of docs/scaling.md, up to where SLURM would be asked."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    (command,) = re.findall(
+        r"^medseg train -m (hydra/launcher=submitit_slurm .*?[^\\])$", text, re.DOTALL | re.MULTILINE
+    )
+    words = shlex.split(command.replace("\\\n", " "))
+    more = ["hydra.launcher.max_num_timeout=5", "hydra.launcher.account=a", "hydra.launcher.qos=b"]
+    more.append("+hydra.launcher.additional_parameters.reservation=c")
+    assert all(word.lstrip("+").rpartition("=")[0] in text for word in more)
+    single = [word for word in words if "," not in word]
+    run_hydra("train", [*single, *more, "--cfg", "hydra"], lambda experiment, folder: None)
+    launcher = yaml.safe_load(capsys.readouterr().out)["hydra"]["launcher"]
+    assert (launcher["partition"], launcher["gpus_per_node"], launcher["timeout_min"]) == ("gpu", 1, 600)
+    assert launcher["additional_parameters"] == {"reservation": "c"}
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def write_card(
         ],
         "How to predict": ["`medseg predict RUN IMAGES -o FOLDER`, where RUN is this folder."],
     }
-    lines = [f"# Model card: {' or '.join(info.classes[:6])}", "", DISCLAIMER.replace("every contour", "every image")]
+    lines = [f"# Model card: {' or '.join(info.classes[:6])}", "", DISCLAIMER]
     for title, text in sections.items():
         lines += ["", f"## {title}", "", *text]
     path = run / CARD_FILE

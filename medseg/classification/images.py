@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading, open_volume
+from medseg.formats.limits import check_size
 from medseg.volume import Grid, Volume
 
 
@@ -73,11 +75,14 @@ def npz_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an npz; no pickles.
 
     Raises:
-        MedsegError: E_TRUNCATED.
+        MedsegError: E_TRUNCATED; E_LIMIT for sizes that no file of its size can hold.
     """
     try:
+        _check_sizes(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
+    except MedsegError:
+        raise
     except (OSError, ValueError, EOFError, KeyError, MemoryError) as error:
         raise MedsegError(
             Code.TRUNCATED,
@@ -89,3 +94,19 @@ def npz_arrays(path: Path) -> dict[str, NDArray[Any]]:
         ) from error
     except Exception as error:  # zipfile's own errors, which share no base but this
         raise MedsegError(Code.TRUNCATED, "the npz is damaged", where=path.name, got=type(error).__name__) from error
+
+
+def _check_sizes(path: Path) -> None:
+    """Read the headers of the arrays alone: numpy would allocate whatever they ask for, and read other members whole.
+
+    Raises:
+        MedsegError: E_LIMIT.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(stream)
+            if 0 not in shape:
+                check_size(shape or (1,), dtype.itemsize, info.compress_size, where=path.name, compressed=True)

@@ -229,11 +229,16 @@ def predict_cases(
     return Predictions(tuple(names), classes, shares, classifier.thresholds, bad)
 
 
-def refuse_options(stated: Mapping[str, object]) -> None:
-    """Refuse options of `medseg predict` that only a segmenter has.
+def refuse_options(
+    stated: Mapping[str, object],
+    taken: str = "--checkpoint, --device, --precision, --batch-size, "
+    "--on-bad-case, --overwrite, and how files are read",
+) -> None:
+    """Refuse options that only serve segmentation.
 
     Args:
         stated: option → whether it was given.
+        taken: the options that serve classification.
     Raises:
         MedsegError: E_CONFIG.
     """
@@ -241,10 +246,9 @@ def refuse_options(stated: Mapping[str, object]) -> None:
     if given:
         raise MedsegError(
             Code.CONFIG,
-            f"a run that classifies does not take {', '.join(given)}",
+            f"classification does not take {', '.join(given)}",
             where=given[0],
-            expected="--checkpoint, --device, --precision, --batch-size, --on-bad-case, --overwrite, and how files are "
-            "read",
+            expected=taken,
             remedy="leave it out: predictions.csv holds the class and all probabilities",
         )
 

@@ -33,6 +33,8 @@ SIZE_STEP = 4
 VOXELS_PER_CASE = 512
 """Drawn from each image for the intensities of a data set."""
 EIGHT_BITS = 255.0
+MAX_VOXELS = 2**30
+"""Of a resampled volume: 4 GiB a channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +143,15 @@ class Sight:
         else:
             ratios = (s / t for s, t in zip(grid.spacing_mm, self.spacing_mm, strict=True))
             shape = tuple(max(1, round(o * r)) for o, r in zip(grid.shape, ratios, strict=True))
+            if math.prod(shape) > MAX_VOXELS:
+                raise MedsegError(
+                    Code.LIMIT,
+                    "the volume would be resampled to more voxels than any memory holds",
+                    where=where,
+                    expected=f"at most {MAX_VOXELS}",
+                    got=" × ".join(map(str, shape)),
+                    remedy="state a larger data.spacing_mm; of a model of others: do not use it",
+                )
         whole = self._normalised(array)
         return _fitted(resized(whole, shape), self.size)
 

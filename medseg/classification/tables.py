@@ -40,7 +40,7 @@ def print_evaluation(evaluation: ClassificationEvaluation, console: Console) -> 
         table.add_row(TITLES[name], str(one))
     console.print(table)
     points = Table(title="decisions", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for title in ("class", "decided", "threshold", *(TITLES[name] for name in RATIOS[:4])):
+    for title in ("class", "decided", "threshold", "sens.", "spec.", "PPV", "NPV"):
         points.add_column(title, overflow="fold")
     for row in evaluation.decisions:
         threshold = "" if math.isnan(row.threshold) else f"{row.threshold:.3f}"

@@ -90,7 +90,7 @@ def evaluate(
         raise click.UsageError("--images are for the pictures of --report")
     from rich.console import Console
 
-    from medseg.classification.predict import is_predictions
+    from medseg.classification.predict import is_predictions, refuse_options
     from medseg.classification.scoring import evaluate_predictions
     from medseg.formats.label_table import table_of
     from medseg.labels import Labels
@@ -100,6 +100,9 @@ def evaluate(
     from medseg.reports.tables import print_evaluation
 
     if is_predictions(predictions):
+        others = {"--metrics": metrics, "--instances": instances, "--probabilities": probabilities, "--images": images}
+        others["--missing count"] = missing == "count"
+        refuse_options(others, "-o, --labels, --patients, --missing skip, --report")
         table = None if labels is None else table_of(labels)
         skip = missing == "skip"
         evaluate_predictions(predictions, references, Console(), output=output, labels=table, patients=patients,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -188,8 +189,10 @@ def _subject(
         )
     if overrides:
         from medseg.config import compose
+        from medseg.tasks import task_of
 
-        settings = compose(_config_of(overrides), overrides).model
+        stated = _with_task(overrides)
+        settings = compose(task_of(stated).config, stated).model
     if not paths:
         return of_settings(settings or {}, in_channels=channels, num_classes=classes, size=lengths)
     if not is_model(paths[0]):
@@ -212,15 +215,16 @@ def _subject(
     return of_run(paths[0], checkpoint=checkpoint, device=device, size=lengths)
 
 
-def _config_of(overrides: Sequence[str]) -> str:
-    """The main configuration of the task that is named, or else of the first that has such a network."""
-    from medseg.tasks import SEGMENTATION, TASKS, task_of
+def _with_task(overrides: Sequence[str]) -> list[str]:
+    """The same, with the first task that has such a network where none is named."""
+    from medseg.tasks import TASKS
 
     names = [override.partition("=")[2] for override in overrides if override.startswith("model=")]
-    if names and not any(override.startswith("task=") for override in overrides):
-        able = [task.config for task in TASKS.values() if names[-1] in task.options("model")]
-        return able[0] if able else TASKS[SEGMENTATION].config
-    return task_of(overrides).config
+    if not names or any(override.startswith("task=") for override in overrides):
+        return list(overrides)
+    able = {name: key for key, task in reversed(TASKS.items()) for name in task.options("model")}
+    (alike,) = get_close_matches(names[-1], able, n=1, cutoff=0)  # of a name that is none: whose refusal helps most
+    return [f"task={able[alike]}", *overrides]
 
 
 def _scene(subject: Subject, run: Path, path: Path, at: tuple[float, ...] | None, reading: Reading) -> Scene:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FAMILIES = "shape,intensity,histogram,glcm,glrlm,glszm,gldm,ngtdm,edge"
 
+TEXTURE_FAMILIES = {"glcm", "glrlm", "glszm", "gldm", "ngtdm"}
 FLAT = 2.0
 """Voxels that are longer than this by their width are spoken of."""
 
@@ -98,6 +99,8 @@ def measure(
     """
     if labels is None and embeddings is None:
         raise click.UsageError("LABEL is missing: features are of structures. Without it, --embeddings RUN")
+    if families == "none" and embeddings is None:
+        raise click.UsageError("--families none leaves nothing to measure without --embeddings RUN")
     if threads < 1:
         raise click.UsageError("--threads takes at least 1")
     from rich.console import Console
@@ -160,7 +163,8 @@ def measure(
         if row.about.get("missing"):
             said = ", ".join(filter(None, (row.about["case"], row.about.get("label"))))
             console.print(f"{said}: {row.about['missing']}", style="yellow", highlight=False, markup=False)
-    if texture.startswith("3d") and not settings.spacing_mm and any(_flatness(row.about) > FLAT for row in rows):
+    textured = bool(TEXTURE_FAMILIES & {*chosen}) and texture.startswith("3d") and not settings.spacing_mm
+    if textured and any(_flatness(row.about) > FLAT for row in rows):
         console.print(
             f"voxels are more than {FLAT:g} times as long as wide: textures in 3D mix near and far neighbours; "
             "--texture 2.5d keeps to the slices, --spacing makes cubes",

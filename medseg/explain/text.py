@@ -45,7 +45,8 @@ def print_layers(table: LayerTable, console: Console, *, precision: str = "fp32"
     view = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     view.add_column("layer", overflow="fold")
     view.add_column("does", overflow="fold", min_width=16)
-    for title in ("gives", "sees", "jump", "weights", *(("unshared", "dense") if wide else ()), "mult-adds", "MiB"):
+    more = ("unshared", "dense", "mult-adds") if wide else ("mult-\nadds",)
+    for title in ("gives", "sees", "jump", "weights", *more, "MiB"):
         view.add_column(title, justify="right", no_wrap=True)
     for stage in table.stages:
         layers = table.of_stage(stage)
@@ -149,8 +150,14 @@ def _numbers(layers: Sequence[Layer], element: int, wide: bool) -> list[str]:
         quantity(weights) if weights else "",
         *((quantity(unshared), quantity(dense)) if wide and filtering else ("", "") if wide else ()),
         quantity(macs) if macs else "",
-        f"{element * sum(layer.elements for layer in layers) / _MIB:.3g}",
+        _mebibytes(element * sum(layer.elements for layer in layers)),
     ]
+
+
+def _mebibytes(number: int) -> str:
+    """Without digits that nobody needs, for they cost columns."""
+    size = number / _MIB
+    return f"{size:.0f}" if size >= 99.5 else f"{size:.3g}" if size >= 1 else f"{size:.2f}" if size >= 0.005 else "0"
 
 
 def _same(numbers: Iterable[object]) -> str:

@@ -254,8 +254,10 @@ def _reasons(values: dict[str, float], region: NDArray[np.bool_], num_levels: in
         return (f"one voxel has no neighbours and no axes ({listed})",)
     if num_levels == 1 and families - {"edge", "shape"}:
         return (f"all voxels are of one grey level: what compares levels does not exist ({listed})",)
-    if families == {"shape"}:
+    if families == {"shape"} and math.isnan(values.get("shape_volume_density_ellipsoid", 0.0)):
         return ("the region is flat: what divides by its thickness does not exist (shape)",)
+    if families == {"shape"}:
+        return ("the intensities add up to 0: they have no centre of mass (shape)",)
     if families == {"edge"}:
         return ("the image ends too near to the border (edge)",)
     return (f"some features divide by 0 or have too few voxels ({listed})",)

@@ -24,6 +24,9 @@ from medseg.formats import STRICT, Reading
 from medseg.inference.sliding_window import tile_starts
 from medseg.volume import Grid
 
+KEPT = 2
+"""Prepared scans in memory: threads come with different cases in turn."""
+
 
 class Embedder:
     """Asks the network of a run; of folds and ensembles the first one.
@@ -44,7 +47,7 @@ class Embedder:
         self.layer = map_places(self.model, layer_table(self.model, self.size)).coarsest
         self._lock = Lock()
         """One network, many threads: its maps are caught by hooks."""
-        self._prepared: tuple[str, Tensor, Grid] | None = None
+        self._prepared: dict[str, tuple[Tensor, Grid]] = {}
 
     def of_scan(self, case: Case, reading: Reading = STRICT) -> dict[str, float]:
         """The mean over the tiles of the plan's patch size that cover a scan.
@@ -88,11 +91,13 @@ class Embedder:
             return _named(self._vector(image, start_around(place, self.size, image.shape[1:])))
 
     def _image(self, case: Case, reading: Reading) -> tuple[Tensor, Grid]:
-        """The scan as the network sees it; that of the last case is kept, for its structures come one by one."""
-        if self._prepared is None or self._prepared[0] != case.case_id:
+        """The scan as the network sees it; the last ones are kept, for structures come one by one."""
+        if case.case_id not in self._prepared:
             volume = load_image(case, channels=self.info.channels, reading=reading)
-            self._prepared = (case.case_id, *prepare_image(volume, self.info.plan))
-        return self._prepared[1:]
+            while len(self._prepared) >= KEPT:
+                del self._prepared[next(iter(self._prepared))]
+            self._prepared[case.case_id] = prepare_image(volume, self.info.plan)
+        return self._prepared[case.case_id]
 
     @torch.no_grad()
     def _vector(self, image: Tensor, start: tuple[int, ...]) -> Tensor:

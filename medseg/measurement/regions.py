@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,8 @@ def regions_of_annotations(
 ) -> Iterator[Region]:
     """The structures of SEG and RTSTRUCT files, each as it was drawn: they may overlap.
 
+    What several files hold under one name has the file's pseudonym behind it: they may be versions of one drawing.
+
     Args:
         annotations: of one image.
         grid: of the image, as its reader gives it.
@@ -92,6 +95,7 @@ def regions_of_annotations(
         MedsegError: E_LABEL if the files hold none of the structures that are wanted; what reading them refuses.
     """
     there = [structure.name for annotation in annotations for structure in annotation.structures]
+    held = Counter(name for a in annotations for name in {folded(s.name) for s in a.structures})
     given = {folded(name) for name in wanted}
     any_wanted = False
     for annotation in annotations:
@@ -104,7 +108,9 @@ def regions_of_annotations(
             continue
         for number, mask in masks(annotation, grid, list(names)):
             any_wanted = True
-            yield Region(names[number], number, mask)
+            several = held[folded(names[number])] > 1
+            name = f"{names[number]} ({annotation.pseudonym})" if several else names[number]
+            yield Region(name, number, mask)
     if not any_wanted:
         raise MedsegError(
             Code.LABEL,

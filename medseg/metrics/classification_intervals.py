@@ -1,4 +1,4 @@
-"""Intervals of what `medseg.metrics.classification` measures. The unit is the patient: cases of one are not independent."""
+"""Intervals of what `medseg.metrics.classification` measures. The unit is the patient: cases of one go together."""
 
 from __future__ import annotations
 

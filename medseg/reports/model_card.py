@@ -36,7 +36,7 @@ PLAN_LEFT_OUT = ("intensity", "kernels")
 """Values of the plan that are too long for a card; plan.yaml has them."""
 DISCLAIMER = (
     "**Research use only. Not a medical device**: nothing here is cleared for diagnosis or treatment, and no output "
-    "may be used for a patient without an expert who checks every contour."
+    "may be used for a patient without an expert who checks every result."
 )
 
 

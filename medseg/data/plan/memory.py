@@ -20,9 +20,10 @@ GIB = 2**30
 OPTIMIZER_BYTES = 28
 """For each weight: itself, its gradient, the two running means of Adam, its running average, and two temporaries of the
 optimizer's step, in fp32."""
-CHECKPOINT_BYTES = 16
-"""For each weight, in the computer's memory: a checkpoint's content, made before it is written. The weight, its average
-and the two means."""
+CHECKPOINT_BYTES = 28
+"""For each weight, in the computer's memory beside a step: a checkpoint's content, made before it is written (the
+weight, its average and the two means); the weight that waits while the average is validated; and in the end the best
+model with the content of its file. Freed memory is kept for the next step (`keep_freed_memory`), so they add up."""
 BASE_BYTES = {"cuda": 0.9 * GIB, "cpu": 0.6 * GIB}
 """What torch and its libraries take before anything is computed: on GPUs the context and the workspaces of cuDNN, on
 CPUs the loaded libraries."""
