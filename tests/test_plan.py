@@ -199,3 +199,13 @@ def test_values_that_do_not_fit_each_other_are_refused(change: dict[str, object]
     with pytest.raises(MedsegError, match="does not fit") as refusal:
         dataclasses.replace(plan, **change)  # type: ignore[arg-type]
     assert refusal.value.where == where
+
+
+def test_pictures_have_no_spacing() -> None:
+    pictures = found((96, 80), (1.0, 1.0), "", None)
+    with pytest.raises(MedsegError, match=r"pictures are not resampled(.|\n)*data.plan.spacing_mm"):
+        make_plan(pictures, PlanConfig(spacing_mm=(8, 8)), device="cpu")
+    assert make_plan(pictures, PlanConfig(spacing_mm=(1, 1)), device="cpu").spacing_mm == (
+        1,
+        1,
+    )  # as fine-tuning takes it over

@@ -37,7 +37,7 @@ def see(survey: Survey, config: PlanConfig, *, crop: bool, slices: bool, reasons
         slices: the plan is for single slices, which are stacked along the first axis.
         reasons: gets those of orientation and spacing_mm.
     Raises:
-        MedsegError: E_CONFIG for letters that are no orientation.
+        MedsegError: E_CONFIG for letters that are no orientation, and for a spacing of pictures.
     """
     orientation = _orientation(survey, config, slices=slices, crop=crop, reasons=reasons)
     spacings, shapes = _along(survey, orientation, crop=crop)
@@ -49,6 +49,15 @@ def see(survey: Survey, config: PlanConfig, *, crop: bool, slices: bool, reasons
     if not orientation:
         reasons["spacing_mm"] = "pictures are not resampled"
     if config.spacing_mm is not None:
+        if not orientation and any(length != 1 for length in config.spacing_mm):
+            raise MedsegError(
+                Code.CONFIG,
+                "pictures are not resampled: they have pixels, and no mm",
+                where="data.plan.spacing_mm",
+                expected="nothing, or 1 along each axis",
+                got=config.spacing_mm,
+                remedy="leave the key out, or scale the pictures beforehand",
+            )
         target = np.array(config.spacing_mm, dtype=np.float64)
         reasons["spacing_mm"] = "set by data.plan.spacing_mm"
     return Seen(orientation, target, resampled_median(spacings, shapes, target), len(shapes))
