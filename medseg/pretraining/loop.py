@@ -52,6 +52,17 @@ class Shown:
     spacing_mm: tuple[float, ...]
 
 
+def as_score(explained: float) -> float:
+    """The explained share of the variance as a score: below 0, where a network begins, it has no least value, and is
+    brought into the same order above the -1 of no score at all."""
+    return explained if explained > 0 else explained / (1 - explained)
+
+
+def explained_by(score: float) -> float:
+    """The share that `as_score` was given."""
+    return score if score > 0 else score / (1 + score)
+
+
 class ReconstructionEngine(Engine):
     """The loop of a pretraining.
 
@@ -148,9 +159,7 @@ class ReconstructionEngine(Engine):
         loss = fit.mean(self.method.loss)
         errors = f"mean absolute error {fit.mean('l1'):.4f}, root of the mean square {math.sqrt(fit.mean('l2')):.4f}"
         explained = fit.explained
-        # Below 0, where a network begins, there is no least value: the same order, above the -1 of no score at all.
-        score = explained if explained > 0 else explained / (1 - explained)
-        return Score(score, {"val_loss": loss, EXPLAINED: explained}, errors)
+        return Score(as_score(explained), {"val_loss": loss, EXPLAINED: explained}, errors, shown=explained)
 
     @torch.no_grad()
     def reconstruct(self, case_id: str, number: int, image: torch.Tensor) -> tuple[torch.Tensor, Hidden]:

@@ -23,7 +23,7 @@ from medseg.inference.sliding_window import memory_format
 from medseg.models import MODELS, SegmentationModel
 from medseg.pretraining.cases import Settled, begin, go_on
 from medseg.pretraining.experiment import PretrainingExperiment
-from medseg.pretraining.loop import ReconstructionEngine
+from medseg.pretraining.loop import ReconstructionEngine, explained_by
 from medseg.pretraining.methods import METHODS, Method
 from medseg.program import command
 from medseg.reports.progress import counting_bar
@@ -175,14 +175,14 @@ def conclude(run: Path, engine: ReconstructionEngine, console: Console) -> Pretr
     from medseg.reports.curves import save_curves  # matplotlib: the first step need not wait for it
 
     save_curves(run / "curves.png", run / HISTORY_FILE)
-    counters = engine.counters
+    counters, explained = engine.counters, explained_by(engine.counters.best_score)
     begins = command("train", "data.root=LABELLED", f"trainer.initial={run}")
     console.print(
         f"done: {counters.step} steps in {counters.minutes:.1f} min, best explained variance of held-out images "
-        f"{counters.best_score:.4f} at step {counters.best_step}\nrun: {run}\n"
+        f"{explained:.4f} at step {counters.best_step}\nrun: {run}\n"
         f"look: {command('--logdir', run, program='tensorboard')}\nuse: {begins}",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
-    return PretrainResult(run, counters.best_score, counters.step, counters.minutes)
+    return PretrainResult(run, explained, counters.step, counters.minutes)

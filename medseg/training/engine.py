@@ -52,11 +52,13 @@ class Score:
         value: decides which weights are the best: between -1 and 1, larger is better.
         columns: what history.csv gets, by its columns; `val_loss` among them.
         said: the same in words, for the user.
+        shown: what the user reads in place of the value; None: the value.
     """
 
     value: float
     columns: Mapping[str, float]
     said: str
+    shown: float | None = None
 
 
 class Engine(ABC):
@@ -357,7 +359,7 @@ class Engine(ABC):
         counters = self.counters
         # A slow validation may skip turns that are due by now: they are done by this one.
         counters.validations = max(counters.validations + 1, int(self.progress() * self.config.num_validations + 1e-9))
-        self.last_score = found.value
+        self.last_score = shown = found.value if found.shown is None else found.shown
         journal.record(counters.step, counters.minutes, found.columns)
         # Done again after a checkpoint was lost, the best one comes out as it was.
         is_again = (found.value, counters.step) == (counters.best_score, counters.best_step)
@@ -367,7 +369,7 @@ class Engine(ABC):
             counters.best_score, counters.best_step = found.value, counters.step
         mark = " [green]best so far[/]" if is_best else ""
         journal.say(
-            f"{counters.minutes:6.1f} min  step {counters.step:>6}  validation {self.score_name} {found.value:.4f}  "
+            f"{counters.minutes:6.1f} min  step {counters.step:>6}  validation {self.score_name} {shown:.4f}  "
             f"({found.said}){mark}"
         )
         self.validated_at = time.monotonic()

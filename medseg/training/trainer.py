@@ -33,12 +33,12 @@ class TrainerConfig:
     """Time budget of the loop with its validations, in minutes; the schedule then runs over time. Whichever of both
     ends first counts."""
     num_validations: int = 10
-    """Validations on whole volumes, evenly spread over the training; the last one is at its end. Under a time budget
-    there are fewer where they would take more than a fifth of it."""
+    """Validations, evenly spread over the training; the last one is at its end. Under a time budget there are fewer
+    where they would take more than a fifth of it."""
     patience: int | None = None
-    """Stop early after this many validations in a row without a better Dice on whole volumes; null never stops early.
-    The weights of the best validation are kept either way. A validation Dice that falls while the training loss still
-    does may want more variation: augment=strong."""
+    """Stop early after this many validations in a row without a better score (of a segmentation: the Dice on whole
+    volumes); null never stops early. The weights of the best validation are kept either way. A score that falls while
+    the training loss still does may want more variation: augment=strong."""
     ema: float | None = 0.999
     """Predict with an exponential moving average of the weights: the share of it that remains at each step, shorter
     at the beginning; null predicts with the weights of the last step."""
@@ -53,7 +53,7 @@ class TrainerConfig:
     the plan's batch, so the result is that of one process. torchrun starts them on several machines."""
     accumulate: int = 1
     """Parts that a batch is computed in one after the other, for batches that do not fit into the memory at once; their
-    gradients are added up. A Dice over the batch is then one over each part."""
+    gradients are added up. What a loss forms over the batch (Dice) is then formed over each part."""
     precision: str = "auto"
     """auto (bf16 where the processor has it), bf16, fp16 or fp32."""
     on_nan_loss: Literal["stop", "skip"] = "stop"

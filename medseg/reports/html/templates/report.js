@@ -37,7 +37,9 @@
     const count = document.createElement("span");
     bar.className = "filter";
     input.type = "search";
-    input.placeholder = "filter: words, or dice<0.7";
+    const number = titles.findIndex((title, i) => heads[i].classList.contains("n") && !title.startsWith("dice"));
+    const example = titles.some((title) => title.startsWith("dice")) ? "dice" : (titles[number] || "").split(" ")[0];
+    input.placeholder = example ? `filter: words, or ${example}<0.7` : "filter: words";
     input.setAttribute("aria-label", "filter the table");
     count.setAttribute("role", "status");
     bar.append(input, count);
