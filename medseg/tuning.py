@@ -32,6 +32,8 @@ STUDY_FILE = "study.log"
 """Optuna's journal: lines of JSON."""
 PASSABLE = (Code.LIMIT, Code.NAN_LOSS, Code.MODEL)
 """Refusals that a trial's own values may cause: the search goes on. Others would come again with every trial."""
+MACHINE = (Code.OUTPUT, Code.PROCESS, Code.ARCHIVE)
+"""Refusals that are the machine's: when it is mended, the same command goes on with the trial."""
 NUM_FIRST = 5
 """Trials whose values are drawn at random, and that are never ended early: there is nothing to compare them with."""
 UNPRUNED = 0.3
@@ -168,10 +170,12 @@ def _one_trial(study: Study, fixed: Sequence[str], space: _Space, folder: Path, 
         write_refusal(run, ENDED_EARLY)
         console.print(ENDED_EARLY, highlight=False)
     except MedsegError as refusal:
-        if refusal.code not in PASSABLE:  # a full disk: when it is mended, the same command goes on with this trial
+        if refusal.code in MACHINE:  # it counts as running, and is taken up again
             raise
         study.tell(trial, state=TrialState.FAIL)
         write_refusal(run, refusal)
+        if refusal.code not in PASSABLE:
+            raise
         console.print(f"{refusal}", highlight=False, markup=False, soft_wrap=True)
     else:
         study.tell(trial, result.best_dice)

@@ -4,6 +4,7 @@
     python scripts/inject_faults.py                          25 operations of each verb
     python scripts/inject_faults.py --every 1 --write        every operation; writes docs/reliability/faults.json
     python scripts/inject_faults.py --verb tune --write      of one verb; the figures of the others stay as they are
+    python scripts/inject_faults.py --tests --write          the tests of other faults alone, counted again
     python scripts/inject_faults.py --verb predict --at 17   one fault, with all that is said
 
 A disk is full (or read-only, or failing) from the k-th operation on: k-th file that begins, bytes that reach it, folder
@@ -50,14 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, help="try each N-th operation; 1: all")
     parser.add_argument("--at", type=int, help="try this operation only")
     parser.add_argument("--write", action="store_true", help=f"write {FIGURES.relative_to(ROOT)}")
+    parser.add_argument("--tests", action="store_true", help="count the tests of other faults, and inject nothing")
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(TESTS))
     from faults import SCENARIOS, count, inject, materials
 
     unknown = sorted(set(options.verbs or ()) - set(SCENARIOS))
+    if options.tests and (options.verbs or options.every or options.at):
+        parser.error("--tests injects nothing: leave --verb, --every and --at out")
     if unknown or (options.write and options.at):
         parser.error(f"not known: {unknown}; verbs: {', '.join(SCENARIOS)}" if unknown else "--at writes no figures")
     figures = earlier(SCENARIOS) if options.write else {"injected": {}, "tests": {}}
+    if options.tests:
+        figures["tests"] = counted_tests()
+        if options.write:
+            write(figures)
+            subprocess.run([sys.executable, PAGE], check=True)
+        return 1 if "failed" in figures["tests"].values() else 0
     harmed = False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

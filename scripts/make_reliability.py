@@ -20,6 +20,7 @@ NOT_MEASURED = "not measured yet"
 READERS = "nothing: readers write nothing"
 FUZZ = "python scripts/fuzz_readers.py --minutes 60 --write"
 FAULTS = "python scripts/inject_faults.py --every 1 --write"
+OTHER_FAULTS = "python scripts/inject_faults.py --tests --write"
 KILLS = "python scripts/kill_training.py --write"
 GUIDED = "python scripts/fuzz_readers.py --engine atheris --minutes 5 --write"
 KILLS_OF_PROCESSES = "python scripts/kill_training.py --devices 2 --kills 10 --write"
@@ -28,8 +29,9 @@ HEAD = """\
 # What medseg withstands
 
 Made by `python scripts/make_reliability.py` from the figures in `docs/reliability/`; the command of each row makes its
-figures again. A short form of each runs with the tests (`tests/test_fuzz.py`, `tests/test_faults.py`,
-`tests/test_resume.py`).
+figures again. With every run of the tests some inputs of each format are damaged (`tests/test_fuzz.py`) and some faults
+injected (`tests/test_faults.py`); short forms of the others, atheris and the kills, run where slow tests are asked for:
+`python -m pytest -m slow tests/test_fuzz.py tests/test_resume.py`.
 """
 MEANING = """\
 ## What the rows mean
@@ -130,7 +132,7 @@ def fault_rows(faults: dict[str, Any] | None) -> list[list[object]]:
     if faults is not None and faults["tests"]:
         results = list(faults["tests"].values())
         tried, failed = str(len(results) - results.count("skipped")), str(results.count("failed"))
-    return [disks, ["tests of other faults", tried, failed, "", "`python -m pytest tests/test_faults.py`"]]
+    return [disks, ["tests of other faults", tried, failed, "", f"`{OTHER_FAULTS}`"]]
 
 
 def kill_row(what: str, kills: dict[str, Any] | None, command: str) -> list[object]:

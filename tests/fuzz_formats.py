@@ -316,6 +316,55 @@ def read_tables(folder: Path) -> None:
     )
 
 
+def _write_discs(folder: Path) -> list[str]:
+    names = [f"{name}{number}.png" for name in ("ill", "well") for number in range(3)]
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(names):
+        Image.fromarray(_array(seed, (12, 10)).astype(np.uint8)).save(folder / name)
+    return names
+
+
+def make_classified(folder: Path) -> None:
+    """Tables of images and their classes, with all columns and with few."""
+    splits = ("train", "val", "test")
+    names = _write_discs(folder / "all" / "images")
+    _write_discs(folder / "few" / "images")
+    rows = [f"c{n},images/{name},{name[:-5]},p{n},{splits[n % 3]}" for n, name in enumerate(names)]
+    (folder / "all" / "list.csv").write_text("\n".join(["case,image,class,patient,split", *rows]) + "\n")
+    rows = [f"images/{name};{name[:-5]}" for name in names]
+    (folder / "few" / "list.csv").write_text("\n".join(["file;diagnosis", *rows]) + "\n")
+
+
+def make_npz(folder: Path) -> None:
+    """Pictures and volumes, packed and not."""
+    for name, shape, save in (
+        ("grey", (6, 8, 7), np.savez),
+        ("colour", (6, 8, 7, 3), np.savez_compressed),
+        ("volumes", (6, 5, 8, 7), np.savez_compressed),
+    ):
+        (folder / name).mkdir(parents=True)
+        arrays = {}
+        for seed, split in enumerate(("train", "val", "test")):
+            arrays[f"{split}_images"] = _array(seed, shape).astype(np.uint8)
+            arrays[f"{split}_labels"] = (np.arange(6) % 2).reshape(-1, 1)
+        save(folder / name / "list.npz", **arrays)
+
+
+def read_classified(folder: Path) -> None:
+    from medseg.classification.cases import find_classified, find_images
+    from medseg.classification.images import npz_arrays, open_image
+
+    (path,) = folder.glob("list.*")
+    npz_arrays.cache_clear()
+
+    def images(classes: list[str] | None = None) -> None:
+        for case in find_classified(path, classes).cases:
+            if not isinstance(case.source, Path) or case.source.resolve().is_relative_to(folder.resolve()):  # not "/"
+                open_image(case, Reading(channels=True))
+
+    attempt(images, lambda: images(["ill", "well"]), lambda: find_images([path]))
+
+
 SMALL = (
     "data.plan.base_width=2",
     "data.plan.num_stages=2",
@@ -592,6 +641,8 @@ FORMATS: dict[str, Format] = {
     "rtstruct": Format(make_rtstruct, {"annotation.dcm": damaged_dicom}, read_annotated),
     "zip": Format(make_zips, {".zip": damaged_zip}, read_zips),
     "tables": Format(make_tables, {".json": damaged_json, ".csv": damaged_csv}, read_tables),
+    "classified": Format(make_classified, {".csv": damaged_csv}, read_classified),
+    "npz": Format(make_npz, {".npz": damaged_zip}, read_classified),
     "configuration": Format(make_run, {"config.yaml": damaged_yaml, "places.yaml": damaged_yaml}, read_configuration),
     "plan": Format(make_plans, {".yaml": damaged_yaml, ".txt": damaged_yaml}, read_plans),
     "bundle": Format(

@@ -16,17 +16,21 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from medseg.bundle import BundleInfo
+from medseg.bundle import BundleInfo, checkpoint_path
 from medseg.classification.bundle import is_classifier, load_classifier
 from medseg.classification.cases import find_classified, find_images
 from medseg.classification.division import divide
+from medseg.classification.evaluation import CHOSEN_BEFORE, CROSS_FITTED, thresholds_for
 from medseg.classification.images import ImageCase, open_image
-from medseg.classification.loop import ClassificationLoop, batch_indices, inverse_shares, rates_by_stage
+from medseg.classification.loop import ClassificationLoop, batch_indices, inverse_shares, parameter_groups
+from medseg.classification.predict import known_images, read_predictions
 from medseg.classification.preparation import facts_of, survey_images
+from medseg.classification.scoring import compare
 from medseg.classification.sight import Sight, plan_sight
 from medseg.classification.train import ClassificationResult, train
 from medseg.cli import main
 from medseg.config import compose, resumed
+from medseg.data.cases import find_cases, find_inputs
 from medseg.data.splits import SplitConfig
 from medseg.errors import MedsegError
 from medseg.formats import Reading, write_image
@@ -84,7 +88,7 @@ def test_class_folders_below_splits_are_found_without_masks(pictures: Path) -> N
     assert found.classes == ("disc", "ring") and len(found.cases) == 40
     assert Counter(case.split for case in found.cases) == {"train": 20, "val": 12, "test": 8}
     assert "1 masks beside the images (train_disc (0)_mask.png)" in found.left_out[0]
-    assert len(find_images([pictures / "test"])) == 8
+    assert len(find_images([pictures / "test"]).cases) == 8
 
 
 def test_a_table_names_classes_patients_and_splits(pictures: Path, tmp_path: Path) -> None:
@@ -104,10 +108,23 @@ def test_a_table_names_classes_patients_and_splits(pictures: Path, tmp_path: Pat
         "image,class,split\nimages/a.png,x,later\nimages/b.png,y,train\n": "unknown split",
         "image,class\nimages/a.png,x\nimages/b.png,x\n": "no number of classes",
         "image,class\nimages/a.png\n": "more or fewer fields",
+        f"image,class\nimages/a.png,x\n{'y' * 300}.png,y\n": "1 of 2 images are not there",
     }.items():
         table.write_text(text)
         with pytest.raises(MedsegError, match=words):
             find_classified(table)
+
+
+def test_paths_that_are_too_long_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / ("y" * 300)
+    for call in (
+        lambda: find_classified(path),
+        lambda: find_images([path]),
+        lambda: find_cases(path),
+        lambda: find_inputs([path]),
+    ):
+        with pytest.raises(MedsegError, match="E_MISSING"):
+            call()
 
 
 def test_arrays_as_medmnists(tmp_path: Path) -> None:
@@ -221,10 +238,10 @@ def test_batches_show_each_image_once_before_any_again() -> None:
     assert inverse_shares(torch.tensor([0, 0, 0, 1]), 2).tolist() == pytest.approx([2 / 3, 2])
 
 
-def test_stages_have_their_own_rates_and_frozen_ones_none() -> None:
+def test_the_head_has_its_own_rate_and_what_is_frozen_none() -> None:
     settings = {"name": "cnn", "widths": [4, 8], "frozen_stages": 1}
     model = CLASSIFIERS.build(settings, in_channels=1, num_classes=2, spatial_dims=2)
-    groups, optimizer = rates_by_stage(model, {"name": "adamw", "lr": 0.01}, 0.1, torch.device("cpu"))
+    groups, optimizer = parameter_groups(model, {"name": "adamw", "lr": 0.01}, 0.1, torch.device("cpu"))
     assert [group["lr"] for group in groups] == [pytest.approx(0.001), 0.01] and optimizer["lr"] == 0.01
     trained = {id(p) for group in groups for p in group["params"]}
     (first, second), head = [stage for _, stage in model.stages[:2]], model.stages[-1][1]
@@ -334,6 +351,110 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(
         moved.write_bytes(before)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_with_its_weights_again(
+    trained: tuple[ClassificationResult, str], pictures: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    begins = [f"model.weights={trained[0].run}", "model.frozen_stages=2", "trainer.max_steps=2", "trainer.report=false"]
+    train(compose("classification", [f"data.root={pictures}", *QUICK, *begins]), run, Console(quiet=True))
+    for path in checkpoint_path(run, "best").parent.glob("*.safetensors"):
+        path.unlink()
+    train(resumed(run, []), run, Console(quiet=True))
+    given = load_classifier(trained[0].run).model.state_dict()
+    found = load_classifier(run).model.state_dict()
+    frozen = [name for name in given if name.startswith("backbone.")]
+    assert frozen and all(torch.equal(found[name], given[name]) for name in frozen)
+
+
+def test_no_threshold_is_scored_on_the_images_that_it_was_chosen_on(
+    trained: tuple[ClassificationResult, str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained[0].run
+    disc(tmp_path / "new" / "disc" / "new (0).png", 501, is_ring=False)
+    disc(tmp_path / "new" / "ring" / "new (1).png", 502, is_ring=True)
+    renamed = tmp_path / "renamed" / "ring" / "other name.png"  # a validation image by another name
+    renamed.parent.mkdir(parents=True)
+    shutil.copy(next((pictures / "val" / "ring").glob("*.png")), renamed)
+    shutil.copytree(tmp_path / "new" / "disc", tmp_path / "renamed" / "disc")
+    for data, sides, is_other, words in (
+        (pictures / "val", {"val"}, False, "12 of 12 images validated the training"),
+        (pictures / "train", {"train"}, True, "20 of 20 images trained the network"),
+        (pictures / "test", {"test"}, True, ""),
+        (tmp_path / "new", {"new"}, True, ""),
+        (tmp_path / "renamed", {"new", "val"}, False, "1 of 2 images validated the training"),
+    ):
+        out = tmp_path / "out" / data.name
+        main(["predict", str(run), str(data), "-o", str(out), "--device", "cpu"])
+        description = json.loads((out / "predictions.json").read_text())
+        assert set(description["sides"].values()) == sides
+        evaluation = compare(read_predictions(out), find_classified(data).cases, skip_missing=False, console=Console())
+        assert (evaluation.thresholds is not None) is is_other
+        assert evaluation.how_chosen == (CHOSEN_BEFORE if is_other else CROSS_FITTED)
+        assert words in " ".join(evaluation.remarks) and bool(evaluation.remarks) is bool(words)
+        assert evaluation.to_json()["remarks"] == list(evaluation.remarks)
+    out, data = tmp_path / "out" / "test", pictures / "test"
+    description = json.loads((out / "predictions.json").read_text())
+    (out / "predictions.json").write_text(json.dumps({**description, "sides": None}))
+    capsys.readouterr()
+    main(["evaluate", str(out), str(data)])
+    said = capsys.readouterr().out
+    assert "is not known" in said and "tenth" in said
+
+
+def test_an_image_on_two_sides_is_known_as_the_one_that_thresholds_were_chosen_on(
+    trained: tuple[ClassificationResult, str], tmp_path: Path
+) -> None:
+    for name in ("split.json", "survey.json"):
+        shutil.copy(trained[0].run / name, tmp_path / name)
+    split, survey = (json.loads((tmp_path / name).read_text()) for name in ("split.json", "survey.json"))
+    digest = {row["case_id"]: row["sha256"] for row in survey["cases"]}
+    assert {known_images(tmp_path)[digest[i]] for i in split["test"]} == {"test"}  # type: ignore[index]
+    for row in survey["cases"]:
+        if row["case_id"] == split["test"][0]:
+            row["sha256"] = digest[split["val"][0]]
+    (tmp_path / "survey.json").write_text(json.dumps(survey))
+    assert known_images(tmp_path)[digest[split["val"][0]]] == "val"  # type: ignore[index]
+    assert thresholds_for(["a", "b"], {"ring": {"youden": 0.5}}, {"a": "test", "b": "val"})[0] is None
+    (tmp_path / "survey.json").unlink()
+    assert known_images(tmp_path) is None
+
+
+def test_test_images_that_also_validate_are_not_scored_with_the_thresholds_of_the_run(tmp_path: Path) -> None:
+    for number, split in enumerate(["train", "train", "val", "val", "test", "test"]):
+        for name in ("disc", "ring"):
+            disc(tmp_path / "data" / split / name / f"{name}{number}.png", number, is_ring=name == "ring")
+    shutil.copy(tmp_path / "data" / "val" / "disc" / "disc2.png", tmp_path / "data" / "test" / "disc" / "twin.png")
+    quick = [*QUICK, "trainer.max_steps=1", "trainer.num_validations=1"]
+    result = train(compose("classification", [f"data.root={tmp_path / 'data'}", *quick]), tmp_path / "run",
+                   Console(quiet=True))  # fmt: skip
+    assert result.test is not None and result.test.how_chosen == CROSS_FITTED
+    assert "1 of 5 images validated the training" in result.test.remarks[0]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "1 of 5 images validated the training" in page and "No choice was made on them" not in page
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--step", "0.5"], ["--no-skip"], ["--compile", "off"], ["--no-postprocess"], ["--query", "Modality=CT"]],
+)
+def test_options_of_segmentation_are_refused(
+    trained: tuple[ClassificationResult, str], pictures: Path, tmp_path: Path, options: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit):
+        main(["predict", str(trained[0].run), str(pictures / "test"), "-o", str(tmp_path / "out"), *options])
+    said = capsys.readouterr().err
+    assert "classification does not take" in said and options[0] in said and not (tmp_path / "out").exists()
+
+
+def test_prediction_lists_the_masks_that_it_leaves_out(
+    trained: tuple[ClassificationResult, str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pictures / "train" / "disc"
+    main(["predict", str(trained[0].run), str(folder), "-o", str(tmp_path / "out"), "--device", "cpu"])
+    assert "left out   1 masks beside the images (train_disc (0)_mask.png)" in capsys.readouterr().out
+
+
 def test_other_verbs_say_what_such_a_run_is(
     trained: tuple[ClassificationResult, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,7 +523,7 @@ def test_a_folder_of_slices_is_one_case(real_data: Path, tmp_path: Path) -> None
     assert [(case.case_id, case.class_name) for case in found.cases] == [("scan_a", "a"), ("scan_b", "b")]
     facts, bad = survey_images(found.cases, READING, threads=1)
     assert not bad and all(len(one.shape) == 3 and one.modality == "MR" for one in facts.values())
-    assert [case.case_id for case in find_images([tmp_path / "a" / "scan_a"])] == ["scan_a"]
+    assert [case.case_id for case in find_images([tmp_path / "a" / "scan_a"]).cases] == ["scan_a"]
 
 
 def test_a_few_images_can_be_learnt_by_heart(pictures: Path, tmp_path: Path) -> None:

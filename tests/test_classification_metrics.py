@@ -98,6 +98,32 @@ def test_patients_with_several_cases_widen_the_interval_of_a_share() -> None:
     assert found.value == 0.6 and found.high - found.low > 1.5 * (independent.high - independent.low)
 
 
+@pytest.mark.parametrize("share, hits", [(1.0, 10), (0.0, 0), (0.5, 5)])
+def test_patients_that_are_all_alike_are_no_certainty(share: float, hits: int) -> None:
+    right = np.tile([share > 0, share == 1], 10)
+    found = clustered_proportion(right, np.ones(20), [f"p{i // 2}" for i in range(20)])
+    expected = stats.binomtest(hits, 10).proportion_ci(method="wilson")
+    assert found.value == share and (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_all_right_is_no_certainty() -> None:
+    truth = np.repeat([0, 1, 2], 8)
+    patients = [f"p{i // 2}" for i in range(24)]
+    accuracy, *others = summary_intervals(truth, truth, 3, patients)
+    expected = stats.binomtest(12, 12).proportion_ci(method="wilson")
+    assert (accuracy.low, accuracy.high) == pytest.approx((expected.low, 1.0))
+    area = macro_auc_interval(np.eye(3)[truth], truth, patients)
+    for found in (*others, area):
+        assert found.value == 1.0 and math.isnan(found.low) and math.isnan(found.high)
+        assert found.reason.startswith("no interval")
+    names = [f"c{i}" for i in range(24)]
+    evaluation = ClassificationEvaluation(names, truth, np.eye(3)[truth], ("a", "b", "c"))
+    for one in (*evaluation.summary.values(), *evaluation.aucs.values()):
+        assert math.isnan(one.low) or one.high - one.low > 0.05
+    for row in evaluation.decisions:
+        assert all(one.high - one.low > 0.05 for one in row.values.values())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_a_confusion_matrix_comes_to_is_scikit_learns(seed: int) -> None:
     random = np.random.default_rng(seed)

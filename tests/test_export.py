@@ -267,10 +267,10 @@ def test_s2_nothing_is_built_by_a_name_that_is_not_registered(
 
 
 def test_a_network_that_memory_has_no_room_for_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*_: object) -> None:
+    def no_room(*_: object, **options: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("medseg.models.unet._convolutions", no_room)
+    monkeypatch.setattr("medseg.models.unet.convolutions", no_room)
     with pytest.raises(MedsegError, match="(?s)E_MODEL.*MemoryError"):
         load_bundle(folder)
 

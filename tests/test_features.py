@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import MedsegError
 from medseg.features import glcm, gldm, glrlm, glszm, intensity, ngtdm, shape
-from medseg.features.edge import edge_features
+from medseg.features.edge import border_points, edge_features
 from medseg.features.levels import directions, discretised
 from medseg.features.region import Measured, feature_names, measure_region, resampled
 from medseg.features.settings import FAMILIES, TEXTURES, Settings
@@ -214,6 +214,27 @@ def test_edge_of_a_blurred_ball(spacing: tuple[float, ...]) -> None:
     assert found["width_median"] == pytest.approx(100 / slope, rel=0.05)
     softer = edge_features(*ball(20.0, 3.0, spacing), spacing, 7.0)
     assert softer["gradient_mean"] < 0.8 * found["gradient_mean"]
+
+
+def test_lines_begin_at_the_border_also_where_voxels_are_long() -> None:
+    spacing = (5.0, 1.0, 1.0)
+    box = np.zeros((9, 30, 30), dtype=bool)
+    box[3:6, 5:25, 5:25] = True
+    points, normal = border_points(box, spacing)
+    for axis, faces in enumerate([{12.5, 27.5}, {4.5, 24.5}, {4.5, 24.5}]):  # half-way to the next voxel
+        flat = np.abs(normal[:, axis]) > 0.999
+        assert flat.sum() > 20 and {round(float(place), 1) for place in points[flat, axis]} == faces
+    image, mask = ball(20.0, 2.0, spacing)
+    points, normal = border_points(mask, spacing)
+    beyond = np.linalg.norm(points - 28.0, axis=1) - 20
+    at_poles = np.abs(normal[:, 0]) > 0.95
+    assert abs(beyond[at_poles].mean()) < 0.5 and abs(beyond.mean()) < 0.75
+    assert np.abs(beyond).max() < 2.5  # half of a voxel
+    found = edge_features(image, mask, spacing, 7.0)
+    assert found["points"] == len(points)
+    assert found["contrast_mean"] == pytest.approx(100, rel=0.01)
+    # Between slices the image is read linearly, which blurs it more
+    assert found["gradient_mean"] == pytest.approx(100 / (2.0 * math.sqrt(2 * math.pi)), rel=0.2)
 
 
 def test_edge_in_a_picture_and_at_its_border() -> None:

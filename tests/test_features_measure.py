@@ -235,6 +235,52 @@ def test_embeddings_of_structures_and_of_scans(tiny_run: TinyRun, tmp_path: Path
     assert rows_of(tmp_path / "t.csv") == rows  # whichever thread came first
 
 
+def test_embeddings_of_a_pretraining_are_those_of_its_encoder(tmp_path: Path) -> None:
+    import torch
+    from test_pretraining import run, write_images
+
+    from medseg.bundle.info import BundleInfo
+    from medseg.measurement.embedding import Embedder
+    from medseg.models import MODELS
+    from medseg.training.initial import load_initial
+
+    data = write_images(tmp_path / "data", num=4, labels=True)
+    pretrained = run(data, tmp_path / "run").run
+    out, images = tmp_path / "e.csv", data / "images"
+    asked = ("--embeddings", str(pretrained), "--families", "none")
+    main(["measure", str(images), str(data / "labels"), "-o", str(out), *asked])
+    rows = rows_of(out)
+    assert len(rows) == 4 and len({row["embedding_000"] for row in rows}) == 4
+    # The segmenter that begins with it has the same encoder, and its coarsest maps are the same
+    embedder = Embedder(pretrained)
+    info = BundleInfo.read(pretrained)
+    segmenter = MODELS.build(info.model, in_channels=1, num_classes=info.labels.num_outputs, spatial_dims=3).eval()
+    load_initial(segmenter, info, pretrained)
+    tile = torch.randn(1, 1, *embedder.size, generator=torch.Generator().manual_seed(0))
+    from medseg.explain.maps import map_of
+
+    with torch.no_grad():
+        maps = [map_of(model, tile, embedder.layer) for model in (embedder.model, segmenter)]
+    assert torch.equal(*maps) and not embedder.model.training
+
+
+def test_volumes_and_pictures_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medseg.measurement import table
+
+    case(tmp_path, "volume")
+    for folder, write in (("images", write_image), ("labels", write_label)):
+        array = np.zeros((20, 20), dtype=np.uint8)
+        array[5:12, 5:12] = 1
+        picture = Volume(array[None].astype(np.float32) if folder == "images" else array, Grid.of_picture((20, 20)))
+        write(tmp_path / folder / "picture.png", picture)
+    measured: list[object] = []
+    monkeypatch.setattr(table, "_rows", lambda case, *_, **__: measured.append(case) or [])
+    said = refused(tmp_path / "images", tmp_path / "labels", "-o", tmp_path / "f.csv", *FAST, capsys=capsys)
+    assert "E_MIXED" in said and "picture (2D), volume (3D)" in said and not measured
+
+
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, label = case(tmp_path, "a")
     assert "LABEL is missing" in refused(image, "-o", tmp_path / "f.csv", capsys=capsys)

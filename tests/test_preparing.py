@@ -22,6 +22,7 @@ from medseg.data.cases import find_cases
 from medseg.data.store import Store, code_digest
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT
+from medseg.remote import pool as pool_module
 from medseg.remote import preparing as preparing_module
 from medseg.remote.pool import ATTEMPTS, Failed
 from medseg.remote.preparing import Preparer, _fitting, ray_preparing
@@ -93,6 +94,11 @@ class InProcess(FakeRay):
             return pickle.loads(pickle.dumps(method(*pickle.loads(pickle.dumps((case, *arguments))))))
 
         return call
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PAUSE_S", 0.0)
 
 
 @pytest.fixture
@@ -227,6 +233,10 @@ def test_nodes_that_would_lose_their_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MedsegError, match="another version of medseg"):
         Preparer(folder, ".new-mark", "0" * 64, STRICT).ready()
     Preparer(folder, ".new-mark", code_digest(), STRICT).ready()
+    with pytest.raises(MedsegError, match=r"(?s)does not see the scans.*scan\.nii"):
+        Preparer(folder, ".new-mark", code_digest(), STRICT, tmp_path / "scan.nii").ready()
+    (tmp_path / "scan.nii").touch()
+    Preparer(folder, ".new-mark", code_digest(), STRICT, tmp_path / "scan.nii").ready()
     with (
         pytest.raises(MedsegError, match=r"(?s)has to be kept.*data\.store"),
         ray_preparing(Store(None), STRICT, Console(quiet=True)),

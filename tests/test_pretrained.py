@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,29 @@ def test_files_that_are_none_are_refused(tmp_path, name, content, code):
     assert refusal.value.code == code
 
 
+def test_a_file_that_inflates_is_refused(tmp_path):
+    stored, packed, twice = (tmp_path / f"{name}.pth" for name in ("stored", "packed", "twice"))
+    torch.save({"conv1.weight": torch.zeros(1_000_000)}, stored)
+    with zipfile.ZipFile(stored) as given, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in given.namelist():
+            archive.writestr(name, given.read(name))
+    assert packed.stat().st_size < 10_000
+    with pytest.raises(MedsegError, match="E_LIMIT") as caught:
+        read_weights(str(packed), "resnet18")
+    assert "compressed" in str(caught.value)
+    with zipfile.ZipFile(stored) as given, zipfile.ZipFile(twice, "w") as archive:
+        for name in given.namelist():
+            archive.writestr(name, given.read(name))
+        # Members that lie upon each other
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+        again = copy.copy(largest)
+        again.filename = "archive/data/more"
+        archive.filelist.append(again)
+    with pytest.raises(MedsegError, match="E_LIMIT"):
+        read_weights(str(twice), "resnet18")
+    assert read_weights(str(stored), "resnet18")["conv1.weight"].shape == (1_000_000,)
+
+
 def test_a_file_without_names_is_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(MedsegError, match="no state dict"):
@@ -229,6 +254,8 @@ def test_what_is_no_run_of_a_classifier_is_refused(tmp_path):
 def test_frozen_stages_of_a_fresh_network_are_noticed():
     assert load_pretrained(resnet(), {"weights": None, "frozen_stages": 0}) == []
     assert "fresh weights" in load_pretrained(resnet(), {"weights": None, "frozen_stages": 2})[0]
+    lines = load_pretrained(resnet(), {"weights": None, "keep_statistics": True})
+    assert len(lines) == 1 and "statistics of a fresh network" in lines[0]
 
 
 def test_a_training_begins_with_a_classifier_and_its_bundle_does_not_need_it(tmp_path):

@@ -24,7 +24,7 @@ from medseg.formats import open_volume, write_image, write_label
 from medseg.labels import UNLABELLED
 from medseg.models import MODELS
 from medseg.pretraining.cases import found_images
-from medseg.pretraining.loop import Shown
+from medseg.pretraining.loop import Shown, as_score, explained_by
 from medseg.pretraining.methods import METHODS
 from medseg.pretraining.methods.masked import random_blocks
 from medseg.pretraining.pictures import GAP, draw
@@ -236,7 +236,7 @@ def test_a_run_tells_what_it_is(masked: Pretrained) -> None:
     (validated,) = [row for row in rows if row["val_loss"]]
     explained = float(validated["val_explained"])
     assert masked.result.best_score == pytest.approx(explained, rel=1e-4)
-    assert -1 < masked.result.best_score < 1
+    assert -1 < as_score(explained) < 1 and explained_by(as_score(explained)) == pytest.approx(explained)
     assert (masked.run / "curves.png").is_file() and list((masked.run / "tensorboard").iterdir())
 
 
@@ -244,7 +244,7 @@ def test_a_picture_shows_what_was_seen_and_puts_the_reconstruction_in_its_place(
     image = torch.linspace(0, 1, 4 * 8 * 8).view(1, 4, 8, 8)
     asked = torch.zeros(1, 4, 8, 8)
     asked[..., :4] = 1
-    shown = Shown("a", image, image * (1 - asked), torch.ones_like(image), asked, (4.0, 1.0, 1.0))
+    shown = Shown("a", image, image * (1 - asked), torch.ones_like(image), asked, (4.0, 1.0, 1.0), "SPL")
     picture = draw(shown)
     rows, pixels = picture.shape[0] - 2 * GAP, 8 * 24  # the top row: 8 × 8 voxels of 1 mm, 24 pixels each
     assert picture.shape[1:] == (4 * pixels + 3 * GAP, 3) and rows > pixels
@@ -253,6 +253,8 @@ def test_a_picture_shows_what_was_seen_and_puts_the_reconstruction_in_its_place(
     assert (first[1][:, :half] == 0).all() and np.array_equal(first[1][:, half:], first[0][:, half:])
     assert (first[2] == 255).all()
     assert (first[3][:, :half] == 255).all() and np.array_equal(first[3][:, half:], first[0][:, half:])
+    coronal = picture[pixels + GAP :][: pixels // 2, :pixels, 0].astype(int)  # brighter towards the head
+    assert coronal[0].mean() > coronal[-1].mean()
 
 
 def test_it_segments_nothing_and_says_what_it_is_for(masked: Pretrained) -> None:

@@ -2,8 +2,9 @@
 
 The canary goes through plan, train (with its report, event files and prepared cases), predict, evaluate, compare and
 convert; through predictions from and to an archive, an object store and a cluster; through tune, select, notebooks and
-looks into a network; and through a training of two processes. What may hold it by its nature: a run's places.yaml, and
-DICOM annotations that are written for a patient.
+looks into a network; through a training of two processes; and through classification, pretraining, preparation,
+features and survival. What may hold it by its nature: a run's places.yaml, and DICOM annotations that are written for a
+patient.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import nibabel as nib
+import numpy as np
 import pydicom
 import pytest
 from conftest import REPOSITORY
@@ -35,6 +37,7 @@ from PIL import Image
 from pydicom.datadict import dictionary_VR
 
 from medseg.bundle import BUNDLE_FILE, BundleInfo
+from medseg.classification.cases import find_classified, find_images
 from medseg.cli import main
 from medseg.formats.nifti_names import names_extension
 from medseg.inference.case_statistics import STATISTICS_FILE
@@ -318,6 +321,126 @@ def test_what_is_newer_prints_nothing_about_the_patient(newer: Traces) -> None:
     for secret in SECRETS:
         assert secret.lower() not in newer.console.lower()
         assert secret.lower() not in without_names(newer.of_files, newer.root).lower()
+
+
+# Other tasks, and verbs about images that need no trained network
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `traces.root`, for tests that need no training."""
+    root = tmp_path_factory.mktemp("tree") / f"{CANARY} clinic" / "export"
+    write_tree(root)
+    return root
+
+
+def said_nothing(said: str, root: Path) -> None:
+    """Check what was printed: names of files and folders may stand there, as in `of_files`."""
+    for secret in SECRETS:
+        assert secret.lower() not in without_names(said, root).lower(), said
+
+
+def test_classification_says_nothing_about_the_patient(tmp_path: Path) -> None:
+    """Series of equal names in folders that are named by patients: training, going on, predictions, their scores."""
+    root = tmp_path / f"{CANARY} clinic" / "classes"
+    for number in range(8):
+        series = root / ("ill" if number % 2 else "well") / f"{CANARY} {number}" / "series"
+        for path in write_series(series, number, [GTV] if number % 2 else [CORD]):
+            mark(path)
+            path.rename(path.with_name(f"{CANARY}_{path.name}"))
+    next((root / "ill" / f"{CANARY} 1").rglob("*_0006.dcm")).unlink()
+    run, out, metrics = (tmp_path / name for name in ("run", "out", "metrics"))
+    few = ("trainer.max_steps=2", "trainer.num_validations=1", "trainer.log_steps=1", "trainer.worst_cases=1")
+    small = ("model.widths=[4,8]", "trainer.batch_size=4", "data.split.num_folds=2", "trainer.device=cpu")
+    said = io.StringIO()
+    with chdir(tmp_path), naming(said):
+        data = (f'data.root="{root}"', "data.on_bad_case=skip", f'hydra.run.dir="{run}"')
+        main(["train", "task=classification", *data, *few, *small])
+        main(["train", f"resume={run}", "trainer.max_steps=3"])
+        with suppress(SystemExit):
+            main(["predict", str(run), str(root), "-o", str(out), "--on-bad-case", "skip", "--device", "cpu"])
+        main(["evaluate", str(out), str(root), "-o", str(metrics), "--report", "--missing", "skip"])
+    assert CANARY in (run / "places.yaml").read_text() and (run / "report.html").is_file()
+    assert list((run / "validation" / "worst").glob("*.png")) and list(run.rglob("events.out.tfevents*"))
+    described = (out / "predictions.json").read_text()
+    assert "E_GAP" in described and "E_GAP" in said.getvalue()
+    assert (metrics / "report.html").is_file() and len((out / "predictions.csv").read_text().splitlines()) == 8
+    assert sum(silent(folder) for folder in (run, out, metrics)) > 20
+    for secret in SECRETS:
+        assert secret.lower() not in said.getvalue().lower()
+
+
+def test_images_of_equal_names_are_told_apart_without_the_names_of_patients(tmp_path: Path) -> None:
+    """Ids keep classes and splits, and the images of a folder side by side; predictions have those of references."""
+    for split in ("train", "test"):
+        for place in ("disc/1.png", f"ring/{CANARY} a/1.png", f"ring/{CANARY} b/1.png", f"ring/{CANARY} a/2.png"):
+            path = tmp_path / split / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), len(place)).save(path)
+    ids = [case.case_id for case in find_classified(tmp_path).cases]
+    assert len(set(ids)) == 8 and {"train/disc/1", "test/disc/1"} < set(ids)
+    assert CANARY not in " ".join(ids)
+    of_two = {case_id.rpartition("/")[0] for case_id in ids if case_id.endswith("/2")}
+    folders = [case_id.rpartition("/")[0] for case_id in ids]
+    assert sorted(map(folders.count, of_two)) == [2, 2] and folders == sorted(folders)
+    references = find_classified(tmp_path / "test").cases
+    assert [c.case_id for c in find_images([tmp_path / "test"], ("disc", "ring")).cases] == [
+        c.case_id for c in references
+    ]
+
+
+def test_pretraining_says_nothing_about_the_patient(tree: Path, tmp_path: Path) -> None:
+    run, said = tmp_path / "run", io.StringIO()
+    with chdir(tmp_path), naming(said):
+        settings = (f'data.root="{tree}"', f'hydra.run.dir="{run}"', *SETTINGS[1:], "trainer.max_steps=2")
+        main(["train", "task=pretraining", *settings, "trainer.num_validations=1"])
+        main(["train", f"resume={run}", "trainer.max_steps=3"])
+    assert CANARY in (run / "places.yaml").read_text() and "E_GAP" in said.getvalue()
+    assert list(run.rglob("pictures/*.png")) and list((tmp_path / "prepared").rglob("image.b2nd"))
+    assert silent(run) > 5 and silent(tmp_path / "prepared") > 3
+    for secret in SECRETS:
+        assert secret.lower() not in said.getvalue().lower()
+
+
+def test_preparation_says_nothing_about_the_patient(tree: Path, tmp_path: Path) -> None:
+    store, said = tmp_path / "store", io.StringIO()
+    with chdir(tmp_path), naming(said):
+        main(["prepare", f'data.root="{tree}"', f'data.store="{store}"', *SETTINGS])
+    assert "E_GAP" in said.getvalue() and len(list(store.rglob("image.b2nd"))) >= 3
+    assert silent(tmp_path) > 3
+    said_nothing(said.getvalue(), tree)
+
+
+def test_features_say_nothing_about_the_patient(tree: Path, tmp_path: Path) -> None:
+    """Of SEG and RTSTRUCT files; who the patients are is told by pseudonyms."""
+    out, said = tmp_path / "out" / "features.csv", io.StringIO()
+    with chdir(tmp_path), naming(said):
+        names = ("--families", "shape,intensity", "--on-bad-case", "skip")
+        main(["measure", str(tree), str(tree), "-o", str(out), *names])
+    text = out.read_text()
+    assert "GTV-1" in text and "cord" in text and "E_GAP" in text and "E_GAP" in said.getvalue()
+    assert "1 files that cannot be read as DICOM were left out" in said.getvalue()
+    assert silent(out.parent) == 1
+    for secret in SECRETS:
+        assert secret.lower() not in said.getvalue().lower()
+
+
+def test_survival_knows_cases_by_their_ids(tmp_path: Path) -> None:
+    """Neither the folder of a table nor its columns of words are in what is written."""
+    pytest.importorskip("lifelines", reason='lifelines is not installed: pip install "medseg[survival]"')
+    table, out, said = tmp_path / f"{CANARY} clinic" / "table.csv", tmp_path / "out", io.StringIO()
+    table.parent.mkdir()
+    random = np.random.default_rng(0)
+    rows = [
+        f"c{n},{CANARY}^{n},{DATE},{random.exponential():.3f},{n % 3 > 0:d},{random.normal():.3f}" for n in range(40)
+    ]
+    table.write_text("\n".join(["case,name,born,months,died,volume", *rows]))
+    with chdir(tmp_path), naming(said):
+        columns = ("--time", "months", "--event", "died", "--features", "volume")
+        main(["survival", str(table), *columns, "--folds", "2", "-o", str(out)])
+    assert "c39," in (out / "risk.csv").read_text() and silent(out) > 4
+    for secret in SECRETS:
+        assert secret.lower() not in said.getvalue().lower()
 
 
 @pytest.mark.slow

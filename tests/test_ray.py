@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -38,9 +39,10 @@ from medseg.inference.folder import predict_inputs
 from medseg.inference.job import Done, Job, Options, Scan
 from medseg.inference.manifest import MANIFEST_FILE, Entry, digest_of_file
 from medseg.remote import cluster as cluster_module
+from medseg.remote import pool as pool_module
 from medseg.remote.cluster import Predictions, Worker, ray_engine
 from medseg.remote.exchange import Unreachable
-from medseg.remote.pool import AHEAD, ATTEMPTS, Failed, Pool, located, refuse_unpacked, sendable
+from medseg.remote.pool import AHEAD, ATTEMPTS, Failed, Pool, failure, located, refuse_unpacked, sendable
 from medseg.remote.pool import cluster as start
 
 
@@ -208,7 +210,8 @@ def test_a_case_that_kills_its_workers_is_set_aside_and_its_neighbours_are_done(
         work(FakeRay(on_case), Books("error"))
 
 
-def test_refusals_of_the_case_are_final_and_those_of_the_archive_are_not() -> None:
+def test_refusals_of_the_case_are_final_and_those_of_the_archive_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PAUSE_S", 0.01)
     tried: Counter[str] = Counter()
 
     def on_case(worker: FakeWorker, case: Case) -> Done | Failed:
@@ -223,6 +226,71 @@ def test_refusals_of_the_case_are_final_and_those_of_the_archive_are_not() -> No
     work(FakeRay(on_case), books)
     assert list(books.bad) == ["c01"] and tried["c01"] == 1 and books.digests["c01"] == "digest of c01"
     assert tried["c02"] == ATTEMPTS and "c02" in books.settled
+
+
+def test_a_share_that_is_away_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker tries it again, after a rest, while others are done; also where nothing else is left to do."""
+    monkeypatch.setattr(pool_module, "PAUSE_S", 0.05)
+    tried: dict[str, list[tuple[float, FakeWorker]]] = {}
+
+    def unopened() -> None:
+        try:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        except OSError as error:
+            raise MedsegError(Code.UNSUPPORTED, "the file cannot be opened") from error
+
+    def vanished() -> None:
+        raise MedsegError(Code.MISSING, "there is no such file")
+
+    def raw() -> None:
+        raise OSError(errno.ETIMEDOUT, "Connection timed out", "/shared/a.nii")
+
+    def unread() -> None:
+        raise MedsegError(Code.UNSUPPORTED, "no scan")
+
+    faults = {"c01": unopened, "c02": vanished, "c03": raw, "c04": unread}
+
+    def on_case(worker: FakeWorker, case: Case) -> Done | Failed:
+        attempts = tried.setdefault(case.case_id, [])
+        attempts.append((time.monotonic(), worker))
+        if case.case_id in faults and (len(attempts) < ATTEMPTS or always):
+            try:
+                faults[case.case_id]()
+            except Exception as error:
+                return pickle.loads(pickle.dumps(failure(error)))
+        return done(case)
+
+    always, books = False, Books()
+    work(FakeRay(on_case), books, cases=CASES[:6])
+    assert list(books.bad) == ["c04"] and len(books.settled) == 5
+    for name in ("c01", "c02", "c03"):
+        (first, one), (second, other), (third, _) = tried[name]
+        assert second - first > 0.05 and third - second > 0.1 and one is not other
+    tried.clear()
+    always, books = True, Books()
+    work(FakeRay(on_case), books, cases=CASES[:6])
+    assert {name: len(attempts) for name, attempts in tried.items() if len(attempts) > 1} == dict.fromkeys(
+        ("c01", "c02", "c03"), ATTEMPTS
+    )
+    assert isinstance(books.bad["c03"], MedsegError) and books.bad["c03"].code is Code.ARCHIVE
+    assert books.bad["c01"].code is Code.UNSUPPORTED  # type: ignore[attr-defined]
+
+
+def test_the_last_worker_is_lost_while_a_case_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "PAUSE_S", 0.05)
+    tried: list[str] = []
+
+    def on_case(worker: FakeWorker, case: Case) -> Done | Failed:
+        tried.append(case.case_id)
+        if tried == ["c00"]:
+            return Failed(MedsegError(Code.MISSING, "there is no such file"))
+        if case.case_id == "c01":
+            raise Died
+        return done(case)
+
+    books = Books()
+    work(FakeRay(on_case), books, 1, CASES[:2])
+    assert books.settled == ["c00"] and list(books.bad) == ["c01"]
 
 
 def test_an_archive_that_is_out_of_reach_ends_the_work() -> None:

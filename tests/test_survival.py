@@ -273,6 +273,67 @@ def test_features_and_outcomes_are_joined_by_case(tmp_path: Path) -> None:
     assert several.value.code is Code.DUPLICATE_ID
 
 
+def test_a_blank_cell_does_not_hide_what_another_table_says(tmp_path: Path) -> None:
+    """`medseg measure` writes a column patient also where nothing tells whose a case is."""
+    from medseg.survival import cox
+
+    cases = [f"{p}{side}" for p in range(20) for side in "lr"]
+    features = table(
+        tmp_path / "f.csv", "\n".join(["case,patient,x,y", *(f"{c},,{n},{n}" for n, c in enumerate(cases))])
+    )
+    outcomes = table(
+        tmp_path / "o.csv",
+        "\n".join(["case,patient,t,e,y", *(f"{c},p{c[:-1]},{n + 1},1,9" for n, c in enumerate(cases))]),
+    )
+    found = read_cohort([features, outcomes], time="t", event="e")
+    assert found.patients == tuple(f"p{c[:-1]}" for c in cases)
+    assert found.features == ("x", "y") and found.values[3].tolist() == [3, 3]  # and a filled one stands
+    assert not found.notes
+    for fold in cox.folds_of(found, 5, 0):
+        assert len(fold) == 2 * len({found.patients[i] for i in fold})  # both sides of a patient in one
+
+
+def test_rows_without_a_partner_are_counted(tmp_path: Path) -> None:
+    features = table(tmp_path / "f.csv", "case,x\na,1\nb,2\nc,3\n,4\n,5")
+    outcomes = table(tmp_path / "o.csv", "case,t,e\na,1,1\nc,2,1\nz,3,1\n,9,1")
+    found = read_cohort([features, outcomes], time="t", event="e")
+    assert found.ids == ("a", "c")
+    assert found.notes == (
+        "3 of 5 rows of f.csv have no case in o.csv and are left out",
+        "2 of 4 rows of o.csv have no case in f.csv and are left out",
+    )
+
+
+def test_tables_of_one_file_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    first = table(tmp_path / "a" / "p.csv", "patient,x\np1,1\np1,2\np2,3")
+    second = table(tmp_path / "b" / "p.csv", "patient,t,e\np1,1,1\np1,2,1\np2,3,1")
+    with pytest.raises(MedsegError, match="several rows are of one patient") as refused:
+        read_cohort([first, second], time="t", event="e")
+    assert refused.value.code is Code.DUPLICATE_ID and "b/p.csv" in str(refused.value)
+    table(second, "patient,t,e\np1,1,1\np2,3,1")
+    assert read_cohort([first, second], time="t", event="e").patients == ("p1", "p1", "p2")
+    with pytest.raises(MedsegError, match="'x'") as missing:
+        read_cohort([first, second], time="t", event="e", key="x")
+    assert missing.value.code is Code.MISSING and "b/p.csv" in str(missing.value)
+
+
+def test_what_stands_beside_an_outcome_is_no_feature_unless_named(tmp_path: Path) -> None:
+    features = table(tmp_path / "f.csv", "case,x\na,1\nb,2\nc,5")
+    outcomes = table(
+        tmp_path / "o.csv", "case,t,e,progression_months,age,centre\na,1,1,1,50,B\nb,2,1,2,61,B\nc,3,1,3,70,C"
+    )
+    found = read_cohort([features, outcomes], time="t", event="e")
+    assert found.features == ("x",)
+    (note,) = found.notes
+    assert "progression_months, age" in note and "not taken" in note and "--features" in note
+    named = read_cohort([features, outcomes], time="t", event="e", features=["x", "age"])
+    assert named.features == ("x", "age") and not named.notes
+    alone = read_cohort([outcomes], time="t", event="e")
+    assert alone.features == ("progression_months", "age")
+
+
 @pytest.mark.parametrize(
     ("text", "options", "code", "said"),
     [

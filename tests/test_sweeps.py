@@ -169,6 +169,19 @@ def test_a_search_refuses(tmp_path: Path, trained: list[Experiment], monkeypatch
     monkeypatch.setattr(tuning, "train", refusing(Code.NO_CASES))
     with pytest.raises(MedsegError, match="E_NO_CASES"):
         search(tmp_path / "s", 4)
+    assert "E_NO_CASES" in (tmp_path / "s" / "trial_002" / "refused.txt").read_text()
+
+    def fine(experiment: Experiment, run: Path, console: Console, watch: Any) -> TrainResult:
+        made_run(run, {"optimizer": {"lr": experiment.optimizer["lr"]}}, [0.5])
+        return TrainResult(run, 0.5, 5, 0.1, None)
+
+    monkeypatch.setattr(tuning, "train", refusing(Code.OUTPUT))
+    with pytest.raises(MedsegError, match="E_OUTPUT"):
+        search(tmp_path / "s", 4)
+    monkeypatch.setattr(tuning, "train", fine)
+    said = search(tmp_path / "s", 4)  # what one trial's values caused is not tried again, what a full disk did is
+    assert "trial_003 was cut short and goes on" in said and "trial_002 was cut short" not in said
+    assert "best of 1: trial_003" in said
 
 
 def refusing(code: Code) -> Any:

@@ -113,8 +113,8 @@ def _results(side: str, evaluation: ClassificationEvaluation) -> list[str]:
     chosen = " (the best weights were chosen on them: somewhat too good)" if side == "validation" else ""
     rows = [["measure", "value (95 % interval)"]]
     for name, one in evaluation.aucs.items():
-        rows.append(["mean AUC" if name == "macro" else f"AUC {name}", str(one)])
-    rows += [[TITLES[name], str(one)] for name, one in evaluation.summary.items()]
+        rows.append(["mean AUC" if name == "macro" else f"AUC {name}", f"{one} {one.reason}".strip()])
+    rows += [[TITLES[name], f"{one} {one.reason}".strip()] for name, one in evaluation.summary.items()]
     points = [["class", "decided", "threshold", "sensitivity", "specificity"]]
     for row in evaluation.decisions:
         threshold = "" if math.isnan(row.threshold) else f"{row.threshold:.3f}"

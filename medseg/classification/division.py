@@ -46,7 +46,9 @@ def divide(
     else:
         rest = [case for case in cases if case.split != "test"]
         patients, rule = _groups(rest, known, config, facts)
-        patients |= {case.case_id: case.patient for case in cases if case.split == "test" and case.patient is not None}
+        of_patient = {known[i]: name for i, name in patients.items() if i in known}
+        set_aside = [case for case in cases if case.split == "test" and case.patient is not None]
+        patients |= {c.case_id: of_patient.get(str(c.patient), f"patient {c.patient}") for c in set_aside}
     stated = [
         Case(case.case_id, (), None, patients.get(case.case_id), case.split, case.class_name)
         for case in sorted(cases, key=lambda case: case.case_id)
@@ -80,7 +82,9 @@ def _groups(
         group = {i: kept if name in others else name for i, name in group.items()}
     several = f"{len(set(group.values()))} "
     rule = f"by patient ({several}patients" if not unknown else f"by block of the sorted names of a class ({several}"
-    rule += "" if not unknown else "blocks: no patient is known, and neighbours are often one person"
+    whose = "some patients are unknown" if any(case.case_id in known for case in cases) else "no patient is known"
+    whose = "patients are set aside, as data.split.by asks" if config.by == "block" and known else whose
+    rule += "" if not unknown else f"blocks: {whose}, and neighbours are often one person"
     rule += ", equal images together" if equal else ""
     return group, f"{rule}), with like shares of the classes"
 

@@ -35,6 +35,7 @@ from medseg.metrics.classification_intervals import (
     macro_auc_interval,
     proportion,
     summary_intervals,
+    with_interval,
 )
 from medseg.statistics import bootstrap_means
 
@@ -47,6 +48,40 @@ CROSS_FITTED = (
     f"for each tenth of these images chosen on the other {NUM_PARTS - 1} tenths, by patient; the threshold that stands "
     "here is that of all of them"
 )
+
+VAL, TRAIN, NEW = "val", "train", "new"
+"""Sides of a run's split that thresholds and weights were chosen on; and images that the run has never seen."""
+
+
+def thresholds_for(
+    cases: Sequence[str], thresholds: Thresholds, sides: Mapping[str, str] | None
+) -> tuple[Thresholds | None, tuple[str, ...]]:
+    """The thresholds of a run, if none of some cases had a part in choosing them.
+
+    Args:
+        cases: ids.
+        thresholds: that the validation images of the run gave.
+        sides: case → "train", "val" or "test" of the run, or "new"; None where nobody knows.
+    Returns:
+        The thresholds, or None where `ClassificationEvaluation` must choose its own by cross-fitting; and what readers
+        of the numbers must know.
+    """
+    of_case = [None if sides is None else sides.get(case) for case in cases]
+    validated, trained = of_case.count(VAL), of_case.count(TRAIN)
+    remarks = []
+    if trained:
+        remarks.append(f"{trained} of {len(cases)} images trained the network: what they say is too good")
+    if validated:
+        remarks.append(
+            f"{validated} of {len(cases)} images validated the training, and its weights and thresholds were chosen on "
+            "them: what they say is too good; the thresholds are not taken, but chosen by cross-fitting"
+        )
+    if thresholds and None in of_case:
+        remarks.append(
+            "which images the thresholds of the predictions were chosen on is not known: they are not taken, but "
+            "chosen by cross-fitting"
+        )
+    return (None if validated or None in of_case or not thresholds else thresholds), tuple(remarks)
 
 
 @dataclass(frozen=True)
@@ -83,6 +118,7 @@ class ClassificationEvaluation:
         thresholds: that were chosen on other images; None: none are known, and `points` are cross-fitted.
         points: operating points that are scored by cross-fitting where `thresholds` is None.
         seed: of bootstraps.
+        remarks: what a reader of the numbers must know of the cases.
     """
 
     cases: Sequence[str]
@@ -93,6 +129,7 @@ class ClassificationEvaluation:
     thresholds: Thresholds | None = None
     points: tuple[str, ...] = ()
     seed: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -161,7 +198,8 @@ class ClassificationEvaluation:
         if not len(self.truth):
             return {**found, "brier": Estimate(math.nan), "ece": Estimate(math.nan)}
         (mean,) = bootstrap_means(brier(self.probabilities, self.truth), self.clusters, seed=self.seed)
-        return {**found, "brier": Estimate(mean.mean, mean.low, mean.high), "ece": Estimate(self.calibration.ece)}
+        brier_score = with_interval(mean.mean, mean.low, mean.high)
+        return {**found, "brier": brier_score, "ece": Estimate(self.calibration.ece)}
 
     @cached_property
     def decisions(self) -> list[PointScores]:
@@ -257,6 +295,7 @@ class ClassificationEvaluation:
             "undefined": self.undefined,
             "summary": {name: _plain(one) for name, one in self.summary.items()},
             "thresholds": self.how_chosen,
+            "remarks": list(self.remarks),
             "decisions": [
                 {
                     "class": row.class_name,

@@ -162,7 +162,7 @@ class ClassificationExperiment(Stated):
     trainer: ClassificationTrainerConfig
     """The loop."""
     task: Literal["classification"] = "classification"
-    """What is learnt."""
+    """What is learnt: segmentation (the default), classification or pretraining."""
     fold: int = 0
     """Which fold validates, where no split is given; the others train."""
     seed: int = 0

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import Code, MedsegError
-from medseg.formats import Reading, open_volume
+from medseg.formats import Reading, Source, open_volume
 from medseg.formats.limits import check_size
 from medseg.volume import Grid, Volume
 
@@ -38,14 +38,14 @@ class ImageCase:
 
     Args:
         case_id: its name in splits, tables and messages.
-        source: where it lies: a file, a folder of one DICOM series, or a place in an npz.
+        source: where it lies: a file, a folder of one DICOM series, such a series among others, or a place in an npz.
         class_name: None where it is not known, as in prediction.
         patient: who it is of, where something says so.
         split: "train", "val" or "test", where something says so.
     """
 
     case_id: str
-    source: Path | NpzImage
+    source: Source | NpzImage
     class_name: str | None = None
     patient: str | None = None
     split: str | None = None
@@ -57,10 +57,10 @@ def open_image(case: ImageCase, reading: Reading) -> Volume:
     Raises:
         MedsegError: what the readers refuse.
     """
-    if isinstance(case.source, Path):
+    if not isinstance(case.source, NpzImage):
         return open_volume(case.source, replace(reading, channels=True))
     array = npz_arrays(case.source.path)[case.source.key][case.source.index]
-    if array.ndim == 3 and array.shape[-1] == 3:
+    if array.ndim == 3 and array.shape[-1] in (1, 3):
         array = np.moveaxis(array, -1, 0)
     else:
         array = array[None]

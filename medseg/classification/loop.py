@@ -59,7 +59,7 @@ class ClassificationLoop(Engine):
         device: torch.device,
     ) -> None:
         config = experiment.trainer
-        groups, settings = rates_by_stage(model, experiment.optimizer, config.backbone_lr_factor, device)
+        groups, settings = parameter_groups(model, experiment.optimizer, config.backbone_lr_factor, device)
         super().__init__(
             config,
             run,
@@ -142,10 +142,10 @@ class CrossEntropy(nn.CrossEntropyLoss):
         return super().forward(scores.float(), classes)
 
 
-def rates_by_stage(
+def parameter_groups(
     model: ClassificationModel, optimizer: Mapping[str, Any], factor: float, device: torch.device
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What is trained, with a learning rate of its own for all that lies before the head.
+    """What is trained, in two groups: all that lies before the head, with a learning rate of its own, and the head.
 
     Frozen weights are left out.
 

@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import medseg
-from medseg.bundle import checkpoint_path
+from medseg.bundle import checkpoint_path, opened
 from medseg.bundle.manifest import listed_file
 from medseg.classification.bundle import CLASSIFICATION, Classifier, Thresholds, load_classifier
 from medseg.classification.cases import find_images
-from medseg.classification.evaluation import write_csv
+from medseg.classification.evaluation import NEW, write_csv
 from medseg.classification.images import ImageCase, open_image
 from medseg.classification.loop import predict_logits, softmax
+from medseg.classification.preparation import SURVEY_FILE, digest_of, read_digests
+from medseg.classification.verbs import TABLE_FILE
+from medseg.data.splits import SPLIT_FILE, read_split
 from medseg.device import choose_device, choose_precision
 from medseg.documents import check_format, parse_json
 from medseg.errors import Code, MedsegError
@@ -32,7 +35,7 @@ from medseg.formats.atomic import make_folder, whole_file
 from medseg.program import command
 from medseg.reports.progress import counting_bar
 
-TABLE_FILE, DESCRIPTION_FILE = "predictions.csv", "predictions.json"
+DESCRIPTION_FILE = "predictions.json"
 FORMAT = 1
 PREFIX = "probability_"
 """Columns of the table: this and the name of a class."""
@@ -51,6 +54,8 @@ class Predictions:
         probabilities: shape (N, K).
         thresholds: by class and operating point, as chosen on the validation images of the training.
         bad: images that were left out, and why.
+        sides: case → the side of the run's split that it was on ("train", "val", "test"), or "new"; None where the run
+            does not tell.
     """
 
     cases: tuple[str, ...]
@@ -58,6 +63,7 @@ class Predictions:
     probabilities: NDArray[np.float64]
     thresholds: Thresholds = field(default_factory=dict)
     bad: Mapping[str, MedsegError] = field(default_factory=dict)
+    sides: Mapping[str, str] | None = None
 
     def write(self, folder: Path, model: Mapping[str, Any], references: Mapping[str, str] | None = None) -> None:
         """Write the table and its description.
@@ -87,6 +93,7 @@ class Predictions:
             "task": CLASSIFICATION,
             "classes": list(self.classes),
             "thresholds": {name: dict(points) for name, points in self.thresholds.items()},
+            "sides": None if self.sides is None else dict(self.sides),
             "model": dict(model),
             "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "left_out": {case: {"code": str(e.code), "message": e.message} for case, e in self.bad.items()},
@@ -94,12 +101,6 @@ class Predictions:
         }
         with whole_file(folder / DESCRIPTION_FILE, ".json") as temporary:
             temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def is_predictions(path: Path) -> bool:
-    """Whether a path is what `Predictions.write` wrote: the folder, or the table in it."""
-    table = path / TABLE_FILE if path.is_dir() else path
-    return table.name.lower().endswith(".csv") and table.is_file()
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -138,6 +139,7 @@ def read_predictions(path: Path) -> Predictions:
         ) from error
     description = table.parent / DESCRIPTION_FILE
     thresholds: Thresholds = {}
+    sides: dict[str, str] | None = None
     if description.is_file():
         try:
             content = parse_json(description.read_text(encoding="utf-8"))
@@ -147,11 +149,30 @@ def read_predictions(path: Path) -> Predictions:
                 for name, points in content.get("thresholds", {}).items()
                 if name in classes
             }
+            stated = content.get("sides")
+            sides = None if stated is None else {str(case): str(side) for case, side in stated.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise MedsegError(
                 Code.CONFIG, "the description cannot be read", where=DESCRIPTION_FILE, got=str(error)
             ) from error
-    return Predictions(cases, classes, shares, thresholds)
+    return Predictions(cases, classes, shares, thresholds, sides=sides)
+
+
+def known_images(run: Path) -> dict[str, str] | None:
+    """Digest of an image → the side of the run's split that it is on; None where the run does not tell of all.
+
+    Of an image on several sides it is "val", where the thresholds were chosen, before "train" before "test".
+
+    Raises:
+        MedsegError: E_RUN, E_CONFIG if survey or split cannot be read.
+    """
+    run = opened(run)
+    if not (run / SURVEY_FILE).is_file() or not (run / SPLIT_FILE).is_file():
+        return None
+    digests, split = read_digests(run), read_split(run / SPLIT_FILE)
+    side_of = {i: side for side in ("test", "train", "val") for i in getattr(split, side)}
+    ordered = sorted(side_of, key=lambda i: ("test", "train", "val").index(side_of[i]))
+    return {digests[i]: side_of[i] for i in ordered} if side_of.keys() <= digests.keys() else None
 
 
 def model_facts(classifier: Classifier) -> dict[str, Any]:
@@ -199,9 +220,13 @@ def predict_cases(
         MedsegError: what the readers and `Sight.prepare` refuse.
     """
 
-    def prepared(case: ImageCase) -> torch.Tensor | MedsegError:
+    known = known_images(classifier.run)
+
+    def prepared(case: ImageCase) -> tuple[torch.Tensor, str] | MedsegError:
         try:
-            return torch.from_numpy(classifier.info.sight.prepare(open_image(case, reading), where=case.case_id))
+            volume = open_image(case, reading)
+            side = NEW if known is None else known.get(digest_of(volume), NEW)
+            return torch.from_numpy(classifier.info.sight.prepare(volume, where=case.case_id)), side
         except MedsegError as error:
             if not skip_bad:
                 raise
@@ -210,6 +235,7 @@ def predict_cases(
     names: list[str] = []
     found: list[NDArray[np.float64]] = []
     bad: dict[str, MedsegError] = {}
+    sides: dict[str, str] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(cases), batch_size):
             part = cases[start : start + batch_size]
@@ -218,7 +244,8 @@ def predict_cases(
                 if isinstance(image, MedsegError):
                     bad[case.case_id] = image
                 else:
-                    images.append(image)
+                    images.append(image[0])
+                    sides[case.case_id] = image[1]
                     names.append(case.case_id)
             if images:
                 found.append(predict_prepared(classifier, torch.stack(images), device, precision))
@@ -226,31 +253,8 @@ def predict_cases(
                 progress(start + len(part), len(cases))
     classes = classifier.info.classes
     shares = np.concatenate(found) if found else np.zeros((0, len(classes)))
-    return Predictions(tuple(names), classes, shares, classifier.thresholds, bad)
-
-
-def refuse_options(
-    stated: Mapping[str, object],
-    taken: str = "--checkpoint, --device, --precision, --batch-size, "
-    "--on-bad-case, --overwrite, and how files are read",
-) -> None:
-    """Refuse options that only serve segmentation.
-
-    Args:
-        stated: option → whether it was given.
-        taken: the options that serve classification.
-    Raises:
-        MedsegError: E_CONFIG.
-    """
-    given = [name for name, value in stated.items() if value]
-    if given:
-        raise MedsegError(
-            Code.CONFIG,
-            f"classification does not take {', '.join(given)}",
-            where=given[0],
-            expected=taken,
-            remedy="leave it out: predictions.csv holds the class and all probabilities",
-        )
+    told = None if known is None else sides
+    return Predictions(tuple(names), classes, shares, classifier.thresholds, bad, told)
 
 
 def classify_inputs(
@@ -294,7 +298,8 @@ def classify_inputs(
         )
     chosen = choose_device(device)
     classifier = load_classifier(run, checkpoint=checkpoint, device=chosen)
-    cases = find_images(inputs)
+    found = find_images(inputs, classifier.info.classes)
+    cases = found.cases
     with counting_bar(console, "classifying") as progress:
         predictions = predict_cases(
             classifier,
@@ -315,10 +320,9 @@ def classify_inputs(
             strict=True,
         )
     ]
-    for case, error in predictions.bad.items():
-        console.print(
-            f"left out   {case}: {error.code}: {error.message}", highlight=False, soft_wrap=True, markup=False
-        )
+    left_out = [*found.left_out, *(f"{case}: {e.code}: {e.message}" for case, e in predictions.bad.items())]
+    for what in left_out:
+        console.print(f"left out   {what}", highlight=False, soft_wrap=True, markup=False)
     console.print(
         f"classified {len(predictions.cases)} of {len(cases)} images: {', '.join(counts)}\n"
         f"written: {output / TABLE_FILE}, {DESCRIPTION_FILE}\n"

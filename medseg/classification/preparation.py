@@ -21,7 +21,7 @@ from medseg.documents import parse_json
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading
 from medseg.formats.atomic import whole_file
-from medseg.volume import MODEL_ORIENTATION
+from medseg.volume import MODEL_ORIENTATION, Volume
 
 SURVEY_FILE = "survey.json"
 """Of a run: what is known of each image. It knows them by the digests of their voxels."""
@@ -43,7 +43,6 @@ def facts_of(case: ImageCase, reading: Reading) -> ImageFacts:
     array = np.ascontiguousarray(volume.array, dtype=np.float32)
     flat = array.reshape(len(array), -1)
     step = max(1, flat.shape[1] // VOXELS_PER_CASE)
-    digest = hashlib.sha256(repr(array.shape).encode() + array.data)
     return ImageFacts(
         shape=volume.grid.shape,
         spacing_mm=volume.grid.spacing_mm,
@@ -51,10 +50,20 @@ def facts_of(case: ImageCase, reading: Reading) -> ImageFacts:
         is_grey=bool((array == array[:1]).all()),
         is_picture=volume.grid.is_picture,
         modality=volume.modality,
-        digest=digest.hexdigest(),
+        digest=_digest(array),
         sample=flat[:, step // 2 :: step].copy(),
         notes=volume.notes,
     )
+
+
+def digest_of(volume: Volume) -> str:
+    """What an image is known by in `SURVEY_FILE`."""
+    volume = volume if volume.grid.is_picture else volume.reoriented(MODEL_ORIENTATION)
+    return _digest(np.ascontiguousarray(volume.array, dtype=np.float32))
+
+
+def _digest(array: NDArray[np.float32]) -> str:
+    return hashlib.sha256(repr(array.shape).encode() + array.data).hexdigest()
 
 
 def survey_images(

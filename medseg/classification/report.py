@@ -18,6 +18,7 @@ from medseg.classification.evaluation import RATIOS, ClassificationEvaluation
 from medseg.classification.figures import confusion_figure, course_figure, roc_figure, save_attention
 from medseg.classification.tables import TITLES, notes_on
 from medseg.formats.atomic import whole_file
+from medseg.metrics.classification_intervals import Estimate
 from medseg.reports.curves import Curve, read_history
 from medseg.reports.html.figures import drawing, reliability_figure, to_svg
 from medseg.reports.html.page import REPORT_FILE, markdown, render_template
@@ -32,7 +33,8 @@ DEFINITIONS = (
      "half). Interval: DeLong's variance (Obuchowski's where patients have several images) on the logit scale; where "
      "all are told apart, Newcombe's. The mean over classes: bootstrap within each class."),
     ("sensitivity, specificity", "Share of the images with the class that are called so; of those without it that are "
-     "not. Interval: Wilson's, or a bootstrap over patients where some have several images."),
+     "not. Interval: Wilson's, or a bootstrap over patients where some have several images (Wilson's over the "
+     "number of patients where all of them have the same share)."),
     ("PPV, NPV", "Share of the images called so that have the class; of those not called so that do not. Both depend "
      "on how common the class is: among other patients they are others."),
     ("operating points", "youden: where sensitivity + specificity is largest; sensitivity>=X: the best specificity at "
@@ -184,7 +186,9 @@ def write_run_page(
         device: what it was trained on, in words.
         seed: of the run.
     """
-    sets = {"test": ("Test images", test, "No choice was made on them.")} if test is not None else {}
+    untouched = "Some of them are also on another side of the split: see above."
+    untouched = untouched if test is not None and test.remarks else "No choice was made on them."
+    sets = {"test": ("Test images", test, untouched)} if test is not None else {}
     best_chosen = "The best weights were chosen on these images: the numbers are somewhat too good."
     sets["validation"] = ("Validation images", validation, best_chosen)
     side = "test" if test is not None else "validation"
@@ -216,16 +220,16 @@ def _tiles(evaluation: ClassificationEvaluation) -> list[Tile]:
     found = [Tile("images", str(len(evaluation.cases)), patients)]
     for name, one in evaluation.aucs.items():
         if name == "macro" or len(evaluation.aucs) <= 2 or len(evaluation.shown) <= 4:
-            found.append(_tile("mean AUC" if name == "macro" else f"AUC {name}", one.value, one.low, one.high))
+            found.append(_tile("mean AUC" if name == "macro" else f"AUC {name}", one))
     for name in ("balanced_accuracy", "accuracy", "brier", "ece"):
         one = evaluation.summary[name]
-        found.append(_tile(TITLES[name], one.value, one.low, one.high))
+        found.append(_tile(TITLES[name], one))
     return found
 
 
-def _tile(title: str, value: float, low: float, high: float) -> Tile:
-    interval = "" if math.isnan(low) else f"95 % CI {low:.3f}–{high:.3f}"
-    return Tile(title, "–" if math.isnan(value) else f"{value:.3f}", interval)
+def _tile(title: str, one: Estimate) -> Tile:
+    interval = one.reason if math.isnan(one.low) else f"95 % CI {one.low:.3f}–{one.high:.3f}"
+    return Tile(title, "–" if math.isnan(one.value) else f"{one.value:.3f}", interval)
 
 
 def _decisions(name: str, evaluation: ClassificationEvaluation) -> ReportTable:

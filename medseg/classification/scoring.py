@@ -16,6 +16,7 @@ from medseg.classification.evaluation import (
     POINTS_FILE,
     ROC_FILE,
     ClassificationEvaluation,
+    thresholds_for,
 )
 from medseg.classification.images import ImageCase
 from medseg.classification.predict import Predictions, read_predictions
@@ -54,7 +55,7 @@ def evaluate_predictions(
         MedsegError: E_MISSING, E_LABEL, and what reading refuses.
     """
     found = read_predictions(predictions)
-    cases = find_classified(references).cases
+    cases = find_classified(references, to_train=False).cases
     if labels is not None:
         names = {str(value): str(name) for name, value in labels.items()}
         cases = tuple(replace(case, class_name=names.get(str(case.class_name), case.class_name)) for case in cases)
@@ -86,6 +87,9 @@ def compare(
 ) -> ClassificationEvaluation:
     """Match predictions with references by the names of their cases.
 
+    The thresholds that came with the predictions are taken where no case had a part in choosing them; else new ones are
+    cross-fitted.
+
     Raises:
         MedsegError: E_MISSING where a reference has no prediction, E_LABEL for a class that the model does not know.
     """
@@ -98,7 +102,8 @@ def compare(
             where=name_some(absent),
             expected="the same names of cases on both sides",
             got=f"{len(row_of)} predictions, such as {next(iter(row_of), 'none')}",
-            remedy="predict these images too, or leave them out: --missing skip",
+            remedy="predict these images too, or leave them out: --missing skip. Predictions are named by the files, "
+            "without their endings: name the cases of a CSV so too",
         )
     if absent:
         said = f"left out   {len(absent)} references without a prediction: {name_some(absent)}"
@@ -114,12 +119,15 @@ def compare(
             remedy='name the classes alike; those of an npz by --labels "{normal: 0, pneumonia: 1}"',
         )
     rows = [row_of[case.case_id] for case in scored]
+    ids = [case.case_id for case in scored]
+    thresholds, remarks = thresholds_for(ids, predictions.thresholds, predictions.sides)
     return ClassificationEvaluation(
-        [case.case_id for case in scored],
+        ids,
         np.array([predictions.classes.index(str(case.class_name)) for case in scored], dtype=np.int64),
         predictions.probabilities[rows],
         predictions.classes,
         {case.case_id: case.patient for case in scored if case.patient is not None},
-        predictions.thresholds or None,
+        thresholds,
         POINTS,
+        remarks=remarks,
     )

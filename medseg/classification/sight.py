@@ -160,8 +160,7 @@ class Sight:
         if found == self.num_channels:
             return array
         if found == 3 and self.num_channels == 1:
-            grey: NDArray[np.float32] = np.tensordot(np.array(LUMINANCE, np.float32), array, axes=1)[None]
-            return grey
+            return _grey(array)
         if found == 1 and self.num_channels == 3:
             return np.repeat(array, 3, axis=0)
         raise MedsegError(
@@ -318,12 +317,19 @@ def _channels_of(facts: Sequence[ImageFacts], channels: str) -> tuple[int, str]:
 def _intensity(facts: Sequence[ImageFacts], num_channels: int) -> tuple[tuple[float, float, float, float], ...]:
     """Percentiles 0.5 and 99.5, mean and deviation of what lies between, over voxels of the training images."""
     found = []
+    samples = [_grey(one.sample) if num_channels == 1 and len(one.sample) == 3 else one.sample for one in facts]
     for channel in range(num_channels):
-        values = np.concatenate([one.sample[min(channel, len(one.sample) - 1)] for one in facts])
+        values = np.concatenate([sample[min(channel, len(sample) - 1)] for sample in samples])
         low, high = np.percentile(values, [0.5, 99.5])
         inside = np.clip(values, low, high)
         found.append((float(low), float(high), float(inside.mean()), float(inside.std())))
     return tuple(found)
+
+
+def _grey(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Red, green and blue (3, …) as grey (1, …)."""
+    grey: NDArray[np.float32] = np.tensordot(np.array(LUMINANCE, np.float32), array, axes=1)[None]
+    return grey
 
 
 def _fitted(array: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ def print_evaluation(evaluation: ClassificationEvaluation, console: Console) -> 
         title = f"AUC, mean over {len(evaluation.shown)} classes" if name == "macro" else f"AUC, {name}"
         table.add_row(Text(title), f"{one}" + (f" {one.reason}" if one.reason else ""))
     for name, one in evaluation.summary.items():
-        table.add_row(TITLES[name], str(one))
+        table.add_row(TITLES[name], f"{one}" + (f" {one.reason}" if one.reason else ""))
     console.print(table)
     points = Table(title="decisions", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title in ("class", "decided", "threshold", "sens.", "spec.", "PPV", "NPV"):
@@ -62,7 +62,7 @@ def print_evaluation(evaluation: ClassificationEvaluation, console: Console) -> 
 
 def notes_on(evaluation: ClassificationEvaluation) -> list[str]:
     """What a reader of the intervals must know."""
-    lines = []
+    lines = list(evaluation.remarks)
     if evaluation.clusters is None and not evaluation.patients:
         lines.append("intervals take each image for another patient: where patients have several, they are too narrow")
     if evaluation.num_patients < FEW_PATIENTS:

@@ -17,11 +17,11 @@ from medseg.bundle.manifest import made_now
 from medseg.classification.beginning import PREPARED_FOLDER, Settled, begin, go_on, prepare
 from medseg.classification.bundle import THRESHOLDS_FILE, ClassifierInfo, load_classifier, write_thresholds
 from medseg.classification.card import write_card
-from medseg.classification.evaluation import ClassificationEvaluation
+from medseg.classification.evaluation import NEW, ClassificationEvaluation, thresholds_for
 from medseg.classification.experiment import ClassificationExperiment
 from medseg.classification.loop import ClassificationLoop
-from medseg.classification.predict import Predictions, model_facts, predict_prepared
-from medseg.classification.preparation import plain_counts
+from medseg.classification.predict import Predictions, known_images, model_facts, predict_prepared
+from medseg.classification.preparation import plain_counts, read_digests
 from medseg.classification.tables import print_evaluation
 from medseg.device import deterministic
 from medseg.inference.sliding_window import memory_format
@@ -34,6 +34,7 @@ from medseg.training.journal import HISTORY_FILE, Journal
 from medseg.training.lock import locked
 from medseg.training.pretrained import load_pretrained
 from medseg.training.signals import save_signal_is_harmless
+from medseg.training.state import can_resume
 
 VALIDATION_FOLDER, TEST_FOLDER = "validation", "test"
 SIDES = ("train", "val", "test")
@@ -94,7 +95,9 @@ def _train(
     info, split = settled.info, settled.split
     torch.manual_seed(experiment.seed)
     model = info.build_model()
-    notes = load_pretrained(model, experiment.model) if experiment.resume is None else []
+    # A run that ended before its first checkpoint begins again, with the weights that it began with
+    goes_on = experiment.resume is not None and can_resume(run)
+    notes = [] if goes_on else load_pretrained(model, experiment.model)
     model = model.to(device, memory_format=memory_format(info.sight.spatial_dims))  # type: ignore[call-overload]
     describe(console, info, model, device, notes)
     images, targets = prepare(experiment, settled, run, console)
@@ -133,18 +136,23 @@ def conclude(
     best = load_classifier(run, device=loop.device)
     points = experiment.trainer.operating_points
     sides = np.cumsum([len(split.train), len(split.val)])
+    known, digests = known_images(run) or {}, read_digests(run)
 
     def evaluate(side: str, ids: Sequence[str], first: int, thresholds: Any) -> ClassificationEvaluation:
         chosen = slice(first, first + len(ids))
         shares = predict_prepared(best, images[chosen], loop.device, loop.precision)
         patients = {i: patient for i in ids if (patient := settled.cases[i].patient) is not None}
         truth = targets[chosen].numpy()
+        # By their digests: a given split may have an image on two sides
+        seen = {i: known.get(digests[i], NEW) for i in ids}
+        taken, remarks = thresholds_for(ids, thresholds, seen) if thresholds else (None, ())
         evaluation = ClassificationEvaluation(
-            ids, truth, shares, info.classes, patients, thresholds, points, experiment.seed
+            ids, truth, shares, info.classes, patients, taken, points, experiment.seed, remarks
         )
         evaluation.write(run / side)
         names = {i: info.classes[k] for i, k in zip(ids, truth.tolist(), strict=True)}
-        Predictions(tuple(ids), info.classes, shares, thresholds or {}).write(run / side, model_facts(best), names)
+        predictions = Predictions(tuple(ids), info.classes, shares, thresholds or {}, sides=seen)
+        predictions.write(run / side, model_facts(best), names)
         console.rule(f"{side}: {len(ids)} images")
         print_evaluation(evaluation, console)
         return evaluation

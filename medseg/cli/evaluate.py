@@ -90,8 +90,7 @@ def evaluate(
         raise click.UsageError("--images are for the pictures of --report")
     from rich.console import Console
 
-    from medseg.classification.predict import is_predictions, refuse_options
-    from medseg.classification.scoring import evaluate_predictions
+    from medseg.classification.verbs import is_predictions, refuse_options
     from medseg.formats.label_table import table_of
     from medseg.labels import Labels
     from medseg.metrics.metric import metric_names
@@ -100,6 +99,8 @@ def evaluate(
     from medseg.reports.tables import print_evaluation
 
     if is_predictions(predictions):
+        from medseg.classification.scoring import evaluate_predictions
+
         others = {"--metrics": metrics, "--instances": instances, "--probabilities": probabilities, "--images": images}
         others["--missing count"] = missing == "count"
         refuse_options(others, "-o, --labels, --patients, --missing skip, --report")

@@ -34,7 +34,7 @@ def print_help(config_name: str, arguments: Sequence[str]) -> None:
     from rich.table import Table
 
     from medseg.config import composed
-    from medseg.tasks import configs_folder, task_of
+    from medseg.tasks import TASKS, configs_folder, task_of
 
     task = task_of(arguments)
     values, header, footer = composed(config_name, [a for a in arguments if not a.startswith("-")])
@@ -45,6 +45,7 @@ def print_help(config_name: str, arguments: Sequence[str]) -> None:
 
     say(header.replace("$$", "$"))  # doubled for the template that Hydra fills in
     say("== Groups (group=option) ==")
+    say(f"  task: {', '.join(TASKS)}")
     for group in sorted(path.name for path in configs_folder().iterdir() if path.is_dir()):
         if options := task.options(group):
             say(f"  {group}: {', '.join(options)}")

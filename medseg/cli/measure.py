@@ -50,7 +50,8 @@ FLAT = 2.0
 @click.option("--edge-reach", default=5.0, show_default=True, help="How far around its border, in mm (or pixels).")
 @click.option("--channel", type=int, help="Which channel, from 0 on, where the images have several.")
 @click.option("--embeddings", metavar="RUN", type=click.Path(path_type=Path),
-              help="Also what this trained network makes of each structure (without LABEL: of each scan).")  # fmt: skip
+              help="Also what this trained network makes of each structure (without LABEL: of each scan): a run that "
+              "segments, or a pretraining.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="Where the network runs: cpu, cuda, mps.")
 @click.option("--patients", metavar="TABLE", type=click.Path(path_type=Path),
               help="Whose each case is: a CSV with the columns case and patient.")  # fmt: skip

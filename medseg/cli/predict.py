@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from medseg.cli.reading import reading_options
 
@@ -129,7 +130,7 @@ def predict(
     from rich.console import Console
 
     from medseg.classification.bundle import is_classifier
-    from medseg.classification.predict import classify_inputs, refuse_options
+    from medseg.classification.verbs import refuse_options
     from medseg.formats.dicom.export import forms_of
     from medseg.inference.ensemble import Ensemble
     from medseg.inference.folder import predict_inputs, refuse_swapped
@@ -142,9 +143,15 @@ def predict(
     wanted_forms = forms_of(forms or ("dicom-seg" if sink is not None and sink[0] == "dicomweb" else "nifti"))
     refuse_swapped(run, inputs)
     if is_classifier(run):
+        from medseg.classification.predict import classify_inputs
+
+        context = click.get_current_context()
+        given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
         others = {"--from": source, "--to": sink, "--engine": engine != "local", "--format": forms, "--mirror": mirror}
         others |= {"--classes": classes, "--statistics": statistics, "--probabilities": probabilities}
-        refuse_options({**others, "--uncertainty": uncertainty, "--preview": preview, "--resume": resume})
+        others |= {"--uncertainty": uncertainty, "--preview": preview, "--resume": resume, "--step": "step" in given}
+        others |= {"--skip/--no-skip": "skip" in given, "--postprocess/--no-postprocess": "postprocess" in given}
+        refuse_options({**others, "--compile": "compiled" in given, "--workers": workers, "--query": queries})
         found = classify_inputs(
             run,
             inputs,

@@ -12,7 +12,8 @@ import click
 @click.option("--time", required=True, metavar="COLUMN", help="Time until the event or the end of observation.")
 @click.option("--event", required=True, metavar="COLUMN", help="Whether the event came: 1, or 0 (censored).")
 @click.option("--features", metavar="NAMES",
-              help='Columns between commas, or patterns: "age,glcm_*"; else all columns of numbers.')  # fmt: skip
+              help='Columns between commas, or patterns: "age,glcm_*", of any TABLE; else all columns of numbers '
+              "of the first.")  # fmt: skip
 @click.option("--label", metavar="NAME", help="The structure whose rows count, where a case has several.")
 @click.option("--by", metavar="COLUMN", help="What joins several tables; else case, or patient.")
 @click.option("--penalty", metavar="auto|NUMBER", default="auto", show_default=True,
@@ -39,8 +40,8 @@ def survival(
 ) -> None:
     """Model the time until an event from the columns of TABLE (extra medseg[survival]).
 
-    TABLE is a CSV, as medseg measure writes it; several are joined by case or patient: features in one, times in the
-    other.
+    TABLE is a CSV, as medseg measure writes it; several are joined by case or patient: features in the first, times in
+    the second. Columns of the second are features only where --features names them.
 
     Cox's model gives a hazard ratio for one standard deviation of each feature, with its 95 % interval and a check that
     the effect does not change over time. Its C-index in its own patients is too good; the one to quote is
@@ -77,7 +78,7 @@ def survival(
             "tables": [table.name for table in tables],
             "time": time,
             "event": event,
-            "features": list(chosen) or "all",
+            "features": list(chosen) or "all numbers of the first table",
             "label": label,
             "penalty": penalty,
             "folds": folds,

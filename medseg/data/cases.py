@@ -28,7 +28,7 @@ from medseg.data.layouts import (
     name_some,
     visible,
 )
-from medseg.data.manifest import absent_files, is_manifest, read_dataset_json, read_manifest
+from medseg.data.manifest import absent_files, exists, is_manifest, read_dataset_json, read_manifest
 from medseg.data.pairing import Found, folder_per_case, labels_beside_images, paired_folders, refuse_or_note
 from medseg.errors import Code, MedsegError
 from medseg.formats import IMAGE_SUFFIXES, STRICT, Reading, open_label, open_volume
@@ -102,7 +102,7 @@ def find_cases(
 
 def is_labelled(root: Path) -> bool:
     """Whether a path is a data set by its names: a table of cases, or a folder with files that are named as labels."""
-    if not root.exists():
+    if not exists(root):
         return False
     if not (root.is_dir() or is_zip(root)):
         return is_manifest(root) or root.name == "dataset.json"
@@ -112,7 +112,7 @@ def is_labelled(root: Path) -> bool:
 
 def _located(root: Path, manifest: Path | None) -> tuple[Path, Path | None]:
     """The data folder and the table of its cases, where there is one."""
-    if not root.exists():
+    if not exists(root):
         raise MedsegError(
             Code.MISSING,
             "the data folder is not there",

@@ -22,6 +22,7 @@ from medseg.data.layouts import (
     split_off_labels,
     visible,
 )
+from medseg.data.manifest import exists
 from medseg.errors import Code, MedsegError
 from medseg.formats import STRICT, Reading, Source, find_series, is_dicom, is_image_file, strip_suffix
 from medseg.formats.content import content_in_words, kind_of
@@ -73,7 +74,7 @@ def find_inputs(
     num_channels = len(channels) if channels else num_channels
     entries: dict[Path, Entries] = {}
     for given in paths:
-        if not given.exists():
+        if not exists(given):
             raise MedsegError(
                 Code.MISSING,
                 "the input is not there",

@@ -256,13 +256,14 @@ def _case(row: Mapping[str, Any], where: str, root: Path) -> Case:
 
 def absent_files(case: Case) -> list[str]:
     """Names of the files of a case that are not there."""
-    return [path.name for path in (*case.images, case.label) if isinstance(path, Path) and not _exists(path)]
+    return [path.name for path in (*case.images, case.label) if isinstance(path, Path) and not exists(path)]
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is something at a path; nothing is where a name is longer than names may be."""
     try:
         return path.exists()
-    except OSError:  # a name that is longer than names may be
+    except OSError:
         return False
 
 

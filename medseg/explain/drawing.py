@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -25,8 +26,8 @@ WIDTH, HEIGHT = 2.3, 0.9
 """Inches of a stage."""
 STEP_SAME, STEP_LEVEL, LEVEL = 3.05, 1.75, 1.5
 """Inches to the next column: where stages of both lie side by side, and where none do; and down to the next level."""
-ROOF, ROOFS = 0.16, 0.12
-"""Inches from a stage to a line that goes over the next one, and more for each further one."""
+ROOF, ROOFS = 0.16, 0.24
+"""Inches from a stage to a line that goes over the next one, and from that line to the next above it."""
 ENCODER, BOTTOM, DECODER, ENDS = "#CFE3F5", "#E3E3E3", "#FBE0BF", "#FFFFFF"
 LINE, SKIP, QUIET = "#333333", "#0B6E4F", "#666666"
 LEGEND = "In each box: its name, channels × size of what it gives, its convolutions. Dashed: skips."
@@ -51,8 +52,7 @@ def save_drawing(path: Path, table: LayerTable, *, title: str = "") -> None:
 def drawing_figure(table: LayerTable, *, title: str = "") -> Figure:
     """The drawing as a figure with a canvas of its own, for notebooks and TensorBoard."""
     boxes, edges = graph_of(table)
-    places = _places(boxes)
-    roofs = {edge: _blocking(places, edge) for edge in edges}
+    places, roofs = _places(boxes, edges)
     right, bottom = max(x for x, _ in places.values()), min(y for _, y in places.values())
     top = HEIGHT / 2 + 0.35 + ROOFS * max((n for edge, n in roofs.items() if places[edge.source][1] == 0), default=0)
     foot = bottom - HEIGHT / 2 - 0.65
@@ -69,42 +69,75 @@ def drawing_figure(table: LayerTable, *, title: str = "") -> Figure:
         is_down = is_down and not at_bottom and box.has_places
         _draw_stage(ax, places[name], _words(box), BOTTOM if at_bottom else ENCODER if is_down else DECODER)
     _draw_stage(ax, places[IMAGE], (IMAGE, times((table.in_channels, *table.size)), ""), ENDS)
-    going_up = {edge.source for edge in edges if places[edge.target][1] > places[edge.source][1]}
-    highest: dict[str, Edge] = {}  # of the lines that reach a stage over others: it alone says what they do
-    for edge in sorted(edges, key=lambda edge: roofs[edge]):
-        highest[edge.target] = edge
+    ways_up: dict[str, list[float]] = {}  # x of the lines that leave a stage to the right, and then go up
     for edge in edges:
-        words = edge.skip or edge.step if not roofs[edge] or highest[edge.target] is edge else ""
-        apart = 0.3 if edge.skip and edge.source in going_up else 0.0
-        _draw_edge(ax, places[edge.source], places[edge.target], edge, words, roofs[edge], apart)
+        if places[edge.target][1] > places[edge.source][1]:
+            ways_up.setdefault(edge.source, []).append(places[edge.target][0])
+    told: set[tuple[str, int, float]] = set()
+    for edge in edges:
+        words = edge.skip or edge.step
+        if roofs[edge]:  # once for all lines that are one
+            line = (edge.target, roofs[edge], places[edge.source][1])
+            words = "" if line in told else words
+            told.add(line)
+        _draw_edge(ax, places[edge.source], places[edge.target], edge, words, roofs[edge], ways_up.get(edge.source, ()))
     if title:
         ax.text(-WIDTH / 2, top + 0.05, title, fontsize=13, weight="bold", va="bottom")
     ax.text(-WIDTH / 2, foot + 0.18, LEGEND, fontsize=_SMALL, color=QUIET, va="bottom")
     return figure
 
 
-def _places(boxes: dict[str, Box]) -> dict[str, tuple[float, float]]:
-    """Centre of each stage: further right the later it can run, further down the coarser it is.
+def _places(boxes: dict[str, Box], edges: list[Edge]) -> tuple[dict[str, tuple[float, float]], dict[Edge, int]]:
+    """Centre of each stage, further right the later it can run, further down the coarser it is; and roofs of edges.
 
-    Pathways of one resolution that run side by side would lie on each other: the later ones go down a level.
+    Pathways of one resolution that run side by side would lie on each other: the later ones go down a level. A level
+    lies lower by the roofs over it, so that they stay clear of what is written below the stages above.
     """
-    rows: dict[str, tuple[int, int]] = {IMAGE: (0, 0)}
+    cells: dict[str, tuple[int, int]] = {IMAGE: (0, 0)}
     for name, box in boxes.items():
         row = box.level
-        while (box.column, row) in rows.values():
+        while (box.column, row) in cells.values():
             row += 1
-        rows[name] = (box.column, row)
+        cells[name] = (box.column, row)
     x = [0.0]
-    taken = [{row for column, row in rows.values() if column == c} for c in range(1 + max(c for c, _ in rows.values()))]
+    taken = [
+        {row for column, row in cells.values() if column == c} for c in range(1 + max(c for c, _ in cells.values()))
+    ]
     for before, after in itertools.pairwise(taken):
         x.append(x[-1] + (STEP_SAME if before & after else STEP_LEVEL))
-    return {name: (x[column], -LEVEL * row) for name, (column, row) in rows.items()}
+    roofs = _roofs(cells, edges)
+    y = [0.0]
+    for row in range(1, 1 + max(row for _, row in cells.values())):
+        over = max((n for edge, n in roofs.items() if cells[edge.source][1] == row), default=0)
+        y.append(y[-1] - LEVEL - ROOFS * over)
+    return {name: (x[column], y[row]) for name, (column, row) in cells.items()}, roofs
 
 
-def _blocking(places: dict[str, tuple[float, float]], edge: Edge) -> int:
-    """How many stages lie in the way of an edge to the right."""
-    (x0, y0), (x1, y1) = places[edge.source], places[edge.target]
-    return sum(y == y0 <= y1 and min(x0, x1) < x < max(x0, x1) for x, y in places.values())
+def _roofs(cells: dict[str, tuple[int, int]], edges: list[Edge]) -> dict[Edge, int]:
+    """How high above its stage each edge passes over others: 1 the lowest; 0 where nothing lies in its way.
+
+    Edges from one level that mean the same to the same stage are one line; no other lines lie on each other.
+
+    Args:
+        cells: column and row of each stage.
+        edges: between them.
+    """
+    roofs = dict.fromkeys(edges, 0)
+    lines: dict[tuple[int, str, str], list[Edge]] = {}
+    for edge in edges:
+        (first, row), (last, end) = cells[edge.source], cells[edge.target]
+        if end <= row and any(r == row and first < column < last for column, r in cells.values()):
+            lines.setdefault((row, edge.target, edge.skip or edge.step), []).append(edge)
+    spans = {line: (min(cells[e.source][0] for e in found), cells[line[1]][0]) for line, found in lines.items()}
+    used: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for line in sorted(lines, key=lambda line: spans[line][1] - spans[line][0]):  # short ones below long ones
+        start, stop = spans[line]
+        roof = 1
+        while any(start < b and a < stop for a, b in used.get((line[0], roof), ())):
+            roof += 1
+        used.setdefault((line[0], roof), []).append((start, stop))
+        roofs |= dict.fromkeys(lines[line], roof)
+    return roofs
 
 
 def _words(box: Box) -> tuple[str, str, str]:
@@ -138,8 +171,8 @@ def _draw_edge(
     target: tuple[float, float],
     edge: Edge,
     words: str,
-    blocking: int,
-    apart: float,
+    height: int,
+    ways_up: Sequence[float],
 ) -> None:
     """A line to the right where both lie at one level, else down into the left side or up into the bottom.
 
@@ -149,22 +182,23 @@ def _draw_edge(
         target: centre of the stage that it reaches.
         edge: what it is.
         words: what is written at it.
-        blocking: stages in its way: the line goes over them.
-        apart: inches from the middle of the side that it leaves, where another line leaves it too.
+        height: of the roof that it makes over stages in its way; 0: there are none.
+        ways_up: x of lines that leave the same side and then go up.
     """
     (x0, y0), (x1, y1) = source, target
     colour = SKIP if edge.skip else LINE
-    roof = y0 + HEIGHT / 2 + ROOF + ROOFS * (blocking - 1)
+    apart = 0.3 if edge.skip and ways_up else 0.0  # from the middle of the side, which the way up has
+    roof = y0 + HEIGHT / 2 + ROOF + ROOFS * (height - 1)
     if edge.skip and y0 < y1:
         x1 -= 0.3  # the usual way up has the middle
-    if y0 == y1 and blocking:
+    if y0 == y1 and height:
         x0, x1 = x0 + 0.3, x1 - 0.3
         points = [(x0, y0 + HEIGHT / 2), (x0, roof), (x1, roof), (x1, y1 + HEIGHT / 2)]
     elif y0 == y1:
         points = [(x0 + WIDTH / 2, y0 + apart), (x1 - WIDTH / 2, y1 + apart)]
     elif y1 < y0:
         points = [(x0, y0 - HEIGHT / 2), (x0, y1), (x1 - WIDTH / 2, y1)]
-    elif blocking:
+    elif height:
         points = [(x0 + 0.3, y0 + HEIGHT / 2), (x0 + 0.3, roof), (x1, roof), (x1, y1 - HEIGHT / 2)]
     else:
         points = [(x0 + WIDTH / 2, y0 + apart), (x1, y0 + apart), (x1, y1 - HEIGHT / 2)]
@@ -175,12 +209,16 @@ def _draw_edge(
     start = tuple(e - 0.1 * np.sign(e - b) for b, e in zip(before, end, strict=True))
     ax.annotate("", end, start, arrowprops=head, zorder=0)
     what, _, cut = words.replace("global ", "global, ").partition(", ")  # in two lines, for the way is short
-    if y0 == y1:
-        middle, height = (x0 + x1) / 2, max(y for _, y in points)
-        ax.text(middle, height + 0.04, what, ha="center", va="bottom", fontsize=_MIDDLE, color=colour)
-        ax.text(middle, height - 0.06, cut, ha="center", va="top", fontsize=_SMALL, color=colour)
+    if y0 == y1 and height:  # at its end, where no other line rises or falls
+        ax.text(x1 - 0.06, roof + 0.03, words, ha="right", va="bottom", fontsize=_SMALL, color=colour)
+    elif y0 == y1:
+        middle, line = (x0 + x1) / 2, points[0][1]
+        crossing = [x for x in ways_up if edge.skip and abs(x - middle) < 0.4]
+        at, side = (max(crossing) + 0.05, "left") if crossing else (middle, "center")
+        ax.text(at, line + 0.04, what, ha=side, va="bottom", fontsize=_MIDDLE, color=colour)
+        ax.text(at, line - 0.06, cut, ha=side, va="top", fontsize=_SMALL, color=colour)
     else:
-        height = y0 - HEIGHT / 2 - 0.14 if y1 < y0 else y1 - HEIGHT / 2 - 0.2
+        level = y0 - HEIGHT / 2 - 0.14 if y1 < y0 else y1 - HEIGHT / 2 - 0.2
         x = x0 if y1 < y0 else x1
         x, side = (x - 0.07, "right") if edge.skip and y0 < y1 else (x + 0.07, "left")
-        ax.text(x, height, words, ha=side, va="center", fontsize=_SMALL, color=colour)
+        ax.text(x, level, words, ha=side, va="center", fontsize=_SMALL, color=colour)

@@ -145,6 +145,13 @@ def _owners(table: LayerTable) -> list[str | None]:
             if set().union(*(consumers[n] for n in of_stage)) - set(of_stage) == {len(owners) - 1}:
                 owners[number] = RESULT
         owners[-1] = RESULT
+    consumers = _consumers(table)
+    for number, layer in enumerate(table.layers):  # what has come up is merged there, if it goes up again behind that
+        up = [n for n in layer.sources if n >= 0 and owners[n] is not None and table.layers[n].kind in _UP]
+        same = all(size[1:] == layer.output[1:] for size in layer.inputs)
+        is_last = bool(consumers[number]) and all(table.layers[n].kind in _UP for n in consumers[number])
+        if owners[number] is None and layer.kind == "merge" and len(up) == 1 and same and is_last:
+            owners[number] = owners[up[0]]
     for stage in stages:
         numbers = [number for number, layer in enumerate(table.layers) if layer.stage == stage]
         if stage in between or not all(table.layers[number].kind in _PASSED_ON for number in numbers):

@@ -44,7 +44,7 @@ def print_layers(table: LayerTable, console: Console, *, precision: str = "fp32"
     element = ELEMENT_BYTES[precision]
     view = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     view.add_column("layer", overflow="fold")
-    view.add_column("does", overflow="fold", min_width=16)
+    view.add_column("does", overflow="fold", min_width=16 if wide else 10)
     more = ("unshared", "dense", "mult-adds") if wide else ("mult-\nadds",)
     for title in ("gives", "sees", "jump", "weights", *more, "MiB"):
         view.add_column(title, justify="right", no_wrap=True)

@@ -43,22 +43,10 @@ def edge_features(
     nothing = dict.fromkeys(NAMES, math.nan) | {"points": 0.0}
     if mask.all():
         return nothing
-    finest = min(spacing)
-    inwards = ndimage.distance_transform_edt(mask, sampling=spacing)
-    outwards = ndimage.distance_transform_edt(~mask, sampling=spacing)
-    # Zero half-way between the last voxel inside and the first outside; positive outside
-    depth = np.where(mask, finest / 2 - inwards, outwards - finest / 2)
-    smooth = ndimage.gaussian_filter(depth, [SMOOTHING * finest / s for s in spacing])
-    rim = np.argwhere(mask & ~ndimage.binary_erosion(mask, border_value=1))
-    rim = rim[:: max(1, len(rim) // MAX_LINES)]
-    where = tuple(rim.T)
-    normal = np.stack([np.gradient(smooth, s, axis=axis)[where] for axis, s in enumerate(spacing)], axis=1)
-    length = np.linalg.norm(normal, axis=1)
-    rim, normal = rim[length > 0], normal[length > 0] / length[length > 0, None]
-    if not len(rim):
+    start, normal = border_points(mask, spacing)
+    if not len(start):
         return nothing
-    start = rim * np.asarray(spacing) - depth[tuple(rim.T)][:, None] * normal
-    num = max(2, math.ceil(2 * reach / (finest / 2)))
+    num = max(2, math.ceil(2 * reach / (min(spacing) / 2)))
     along = np.linspace(-reach, reach, num + 1)
     points = (start[:, None] + along[:, None] * normal[:, None]) / np.asarray(spacing)
     within = ((points >= 0) & (points <= np.asarray(image.shape) - 1)).all(axis=(1, 2))
@@ -77,3 +65,34 @@ def edge_features(
         "width_median": float(np.median(contrast[seen] / gradient[seen])) if seen.any() else math.nan,
         "points": float(len(profile)),
     }
+
+
+def border_points(
+    mask: NDArray[np.bool_], spacing: tuple[float, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the border of a region lies, and which way is out.
+
+    The border is taken to pass half-way between a voxel of the rim and the nearest voxel outside: at half of what the
+    step from one to the other, which is longer along an axis with longer voxels, goes along the normal.
+
+    Args:
+        mask: of the region, which does not fill it.
+        spacing: voxel size.
+    Returns:
+        Points in the unit of `spacing` from the middle of the first voxel, and unit normals to the outside; both of
+        shape (points, axes), one for each voxel of the rim that has a normal, at most about twice `MAX_LINES`.
+    """
+    finest, sizes = min(spacing), np.asarray(spacing)
+    inwards, nearest = ndimage.distance_transform_edt(mask, sampling=spacing, return_indices=True)
+    outwards = ndimage.distance_transform_edt(~mask, sampling=spacing)
+    # Only its slope is looked at: about as steep across the border as beside it
+    depth = np.where(mask, finest / 2 - inwards, outwards - finest / 2)
+    smooth = ndimage.gaussian_filter(depth, [SMOOTHING * finest / s for s in spacing])
+    rim = np.argwhere(mask & ~ndimage.binary_erosion(mask, border_value=1))
+    rim = rim[:: max(1, len(rim) // MAX_LINES)]
+    where = tuple(rim.T)
+    normal = np.stack([np.gradient(smooth, s, axis=axis)[where] for axis, s in enumerate(spacing)], axis=1)
+    length = np.linalg.norm(normal, axis=1)
+    step = (np.moveaxis(nearest, 0, -1)[where] - rim) * sizes
+    rim, step, normal = rim[length > 0], step[length > 0], normal[length > 0] / length[length > 0, None]
+    return rim * sizes + (step * normal).sum(axis=1, keepdims=True) / 2 * normal, normal

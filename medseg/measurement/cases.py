@@ -155,6 +155,8 @@ def _annotated(images: Path, labels: Path, reading: Reading) -> list[MeasuredCas
         (case,) = find_inputs([images], reading=reading)
         return [MeasuredCase(case, annotations=(read_annotation(labels),))]  # the grid must fit
     catalog = read_catalog(images, without_preamble=reading.without_preamble)
+    if catalog.damaged:
+        logger.warning("%d files that cannot be read as DICOM were left out", len(catalog.damaged))
     series = [s for s in catalog.series if reading.series in (None, s.info.uid, s.case_id)]
     if images.resolve() == labels.resolve():
         homes = {s.case_id: list(s.annotations) for s in series}

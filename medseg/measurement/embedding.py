@@ -10,18 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medseg.bundle.archive import opened
+from medseg.bundle.checkpoint import checkpoint_path, read_checkpoint, weights_in
+from medseg.bundle.info import BUNDLE_FILE, BundleInfo, built_with, load_bundle
 from medseg.data.cases import load_image
 from medseg.data.layouts import Case
 from medseg.data.prepared import cut
 from medseg.data.preprocess import prepare_image
-from medseg.errors import Code, MedsegError
 from medseg.explain.layers import layer_table
 from medseg.explain.maps import map_of, map_places
-from medseg.explain.subject import of_run
 from medseg.explain.tile import start_around
 from medseg.explain.tracing import evaluating
 from medseg.formats import STRICT, Reading
+from medseg.inference.members import configurations_of
 from medseg.inference.sliding_window import tile_starts
+from medseg.models import SegmentationModel
 from medseg.volume import Grid
 
 KEPT = 2
@@ -32,17 +35,15 @@ class Embedder:
     """Asks the network of a run; of folds and ensembles the first one.
 
     Args:
-        run: a run or a bundle.
+        run: a run that segments, its bundle, or a pretraining.
         device: where the network goes.
     Raises:
-        MedsegError: E_RUN, E_CHECKPOINT, and what opening a bundle refuses.
+        MedsegError: E_RUN, E_CHECKPOINT, E_MODEL, and what opening a bundle refuses.
     """
 
     def __init__(self, run: Path, device: torch.device | str = "cpu") -> None:
-        subject = of_run(run, device=device)
-        if subject.info is None:
-            raise MedsegError(Code.RUN, "this is no trained model", where=run.name)
-        self.info, self.model, self.device = subject.info, subject.model, device
+        self.info, self.model = _trained(run, device)
+        self.device = device
         self.size = self.info.plan.patch_size
         self.layer = map_places(self.model, layer_table(self.model, self.size)).coarsest
         self._lock = Lock()
@@ -105,6 +106,23 @@ class Embedder:
         with evaluating(self.model):
             maps = map_of(self.model, tile, self.layer)
         return maps[0].float().flatten(1).mean(dim=1).cpu()
+
+
+def _trained(run: Path, device: torch.device | str) -> tuple[BundleInfo, SegmentationModel]:
+    """The network of a run with its best weights, and what it is."""
+    member = opened(configurations_of(run)[0].members[0].run)
+    info = BundleInfo.read(member)
+    if info.method is None:
+        return info, load_bundle(member, device=device).model
+    from medseg.pretraining.train import build
+
+    # What it reconstructs is not asked for, so that its encoder serves as a segmenter's does
+    method, path = info.method, checkpoint_path(member, "best")
+    tensors, _ = read_checkpoint(path)
+    model = built_with(
+        lambda: build(info, method)[0], weights_in(tensors), description=member / BUNDLE_FILE, where=path
+    )
+    return info, model.to(device).eval()
 
 
 def _named(vector: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ from medseg import __version__
 from medseg.errors import Code, MedsegError
 from medseg.features.region import Measured, measure_region
 from medseg.features.settings import Settings
-from medseg.formats import STRICT, Reading, open_label
+from medseg.formats import STRICT, Reading, is_image_file, open_label, read_grid
 from medseg.formats.atomic import whole_file
 from medseg.labels import Labels
 from medseg.measurement.cases import MeasuredCase, open_channel
@@ -74,8 +74,11 @@ def measure_cases(
     Returns:
         In the order of the cases, then of the structures.
     Raises:
-        MedsegError: E_GRID, E_CHANNELS, E_LABEL, E_NONFINITE, and what reading the files refuses.
+        MedsegError: E_GRID, E_CHANNELS, E_LABEL, E_NONFINITE, and what reading the files refuses; E_MIXED before
+            anything is measured, where volumes and pictures come together.
     """
+    if settings.families:
+        _refuse_mixed(cases, reading)
 
     def measure(case: MeasuredCase) -> list[Row]:
         try:
@@ -111,10 +114,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     with_values = [row for row in rows if row.values]
     columns = list(dict.fromkeys(name for row in with_values for name in row.values))
     if any(set(row.values) != set(columns) for row in with_values):
-        raise MedsegError(
-            Code.MIXED, "the folder mixes volumes and pictures, whose features differ", where=path.name,
-            remedy="measure them apart",
-        )  # fmt: skip
+        raise _mixed(path.name)
     with whole_file(path, ".csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*ABOUT, *columns])
@@ -122,6 +122,31 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
             cells = (row.values.get(name, math.nan) for name in columns)
             written = ("" if math.isnan(value) else f"{value:.9g}" for value in cells)
             writer.writerow([*(row.about.get(name, "") for name in ABOUT), *written])
+
+
+def _refuse_mixed(cases: Sequence[MeasuredCase], reading: Reading) -> None:
+    """Refuse volumes among pictures by the headers of files. DICOM is left to `write_table`: the grid of a series takes
+    the headers of all its slices."""
+    found: dict[int, str] = {}
+    for case in cases:
+        source = case.case.images[0]
+        if case.label is None or not (isinstance(source, Path) and source.is_file() and is_image_file(source)):
+            continue
+        try:
+            axes = {read_grid(source, reading).ndim, read_grid(case.label, reading).ndim}
+        except MedsegError:  # said, or skipped, when it is measured
+            continue
+        if len(axes) == 1:
+            found.setdefault(axes.pop(), case.case_id)
+    if len(found) > 1:
+        raise _mixed(", ".join(f"{case_id} ({ndim}D)" for ndim, case_id in sorted(found.items())))
+
+
+def _mixed(where: str) -> MedsegError:
+    return MedsegError(
+        Code.MIXED, "the cases mix volumes and pictures, whose features differ", where=where,
+        remedy="measure them apart",
+    )  # fmt: skip
 
 
 def _rows(

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medseg.metrics.classification import FloatArray, auc, midranks, summarise
+from medseg.metrics.classification import SUMMARIES, FloatArray, auc, midranks, summarise
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
 """Draws of a bootstrap: its ends are quantiles at 2.5 and 97.5 %, which 50 draws lie beyond."""
+NO_SPREAD = "no interval: every draw of a bootstrap is the same, which says nothing of other patients"
+ONE_PATIENT = "no interval: all cases are of one patient"
+ROUNDING = 1e-12
+"""Ends of an interval that are nearer than this are one."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Estimate:
         value: NaN where it is undefined.
         low: lower end of the 95 % interval; NaN where there is none.
         high: upper end.
-        reason: why the value is undefined.
+        reason: why the value is undefined, or has no interval.
     """
 
     value: float
@@ -116,16 +120,31 @@ def proportion(successes: int, trials: int, *, level: float = LEVEL, what: str =
     """
     if not trials:
         return Estimate(math.nan, reason=f"there is no such {what}")
-    z, share = _quantile(level), successes / trials
+    return _wilson(successes / trials, trials, level)
+
+
+def _wilson(share: float, trials: int, level: float) -> Estimate:
+    z = _quantile(level)
     middle = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)
     half = z / (1 + z**2 / trials) * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    return Estimate(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)))
+
+
+def with_interval(value: float, low: float, high: float) -> Estimate:
+    """A value with the ends that a bootstrap gave; without them where all draws are the same, because an interval of
+    no width would claim certainty. NaN ends are none."""
+    if math.isnan(low) or high - low > ROUNDING:
+        return Estimate(value, low, high)
+    return Estimate(value, reason=NO_SPREAD)
 
 
 def clustered_proportion(
     successes: ArrayLike, of_trials: ArrayLike, patients: Sequence[str], *, seed: int = 0, level: float = LEVEL
 ) -> Estimate:
     """A share of cases of which some are of one patient: percentiles of a bootstrap over patients.
+
+    Where all patients have the same share (all are right, say), a bootstrap knows no spread: then Wilson's interval, as
+    if each patient were one case.
 
     Args:
         successes: bool, shape (N,).
@@ -141,11 +160,12 @@ def clustered_proportion(
     value = float(hits.sum() / trials.sum())
     _, of_case = np.unique(np.asarray(patients)[trials], return_inverse=True)
     if of_case.max() == 0:
-        return Estimate(value)
+        return Estimate(value, reason=ONE_PATIENT)
     counts = np.zeros((int(of_case.max()) + 1, 2))
     np.add.at(counts, of_case, np.stack([hits[trials], trials[trials]], axis=1).astype(np.float64))
     drawn = _times(len(counts), seed) @ counts
-    return Estimate(value, *_percentiles(drawn[:, 0] / np.maximum(drawn[:, 1], 1), level))
+    low, high = _percentiles(drawn[:, 0] / np.maximum(drawn[:, 1], 1), level)
+    return Estimate(value, low, high) if high - low > ROUNDING else _wilson(value, len(counts), level)
 
 
 def summary_intervals(
@@ -158,6 +178,9 @@ def summary_intervals(
     level: float = LEVEL,
 ) -> list[Estimate]:
     """What `summarise` finds, with percentiles of a bootstrap over patients. In the order of `SUMMARIES`.
+
+    Where all draws are the same (all is right), accuracy has Wilson's interval over the number of patients, and the
+    others have none.
 
     Args:
         truth: class indices, shape (N,).
@@ -177,14 +200,18 @@ def summary_intervals(
     values = summarise(matrices.sum(axis=0).reshape(shape[1:]))
     reason = "chance alone explains the agreement"
     if len(matrices) < 2:
-        return [Estimate(float(v), reason=reason if math.isnan(v) else "") for v in values]
+        return [Estimate(float(v), reason=reason if math.isnan(v) else ONE_PATIENT) for v in values]
     drawn = summarise((_times(len(matrices), seed) @ matrices).reshape(shape))
-    return [
-        Estimate(float(value), *_percentiles(drawn[:, k], level))
+    found = [
+        with_interval(float(value), *_percentiles(drawn[:, k], level))
         if not math.isnan(value)
         else Estimate(math.nan, reason=reason)
         for k, value in enumerate(values)
     ]
+    share = SUMMARIES.index("accuracy")
+    if found[share].reason == NO_SPREAD:
+        found[share] = _wilson(found[share].value, len(matrices), level)
+    return found
 
 
 def macro_auc_interval(
@@ -197,7 +224,8 @@ def macro_auc_interval(
 ) -> Estimate:
     """Mean area of each class against the rest: percentiles of a bootstrap over patients, drawn within each class.
 
-    A patient with cases of several classes is drawn with the class of the first.
+    A patient with cases of several classes is drawn with the class of the first. Where all draws are the same (all are
+    told apart) there is no interval.
     """
     from medseg.metrics.classification import macro_auc
 
@@ -218,7 +246,7 @@ def macro_auc_interval(
         chosen = np.concatenate([random.choice(s, len(s)) for s in strata if len(s)])
         rows = np.concatenate([cases_of[number] for number in chosen])
         drawn.append(macro_auc(table[rows], classes[rows]))
-    return Estimate(value, *_percentiles(np.array(drawn), level))
+    return with_interval(value, *_percentiles(np.array(drawn), level))
 
 
 def _times(num_patients: int, seed: int) -> FloatArray:

@@ -57,7 +57,7 @@ class PretrainingExperiment(Stated):
     trainer: PretrainingTrainerConfig
     """The loop."""
     task: Literal["pretraining"] = "pretraining"
-    """What is learnt."""
+    """What is learnt: segmentation (the default), classification or pretraining."""
     plan: str | None = None
     """A plan.yaml that medseg plan or a training wrote, or its folder: that of the labelled data makes a segmenter to
     come see its images as this network did; null plans from the images. Keys of data.plan win over it."""

@@ -42,6 +42,7 @@ class Shown:
         reconstruction: what it made of it, smaller than P where its convolutions are not padded.
         asked: 1 where it was asked; (1, *P).
         spacing_mm: sides of a voxel.
+        orientation: where the axes lead, such as "SPL"; "" of pictures.
     """
 
     case_id: str
@@ -50,6 +51,7 @@ class Shown:
     reconstruction: torch.Tensor
     asked: torch.Tensor
     spacing_mm: tuple[float, ...]
+    orientation: str
 
 
 def as_score(explained: float) -> float:
@@ -155,7 +157,8 @@ class ReconstructionEngine(Engine):
                 fit += Fit.of(output, target_of(image[None], hidden.asked.cpu()))
                 if number == 0 and case.case_id in self.drawn:
                     seen, asked = hidden.image[0].cpu(), hidden.asked[0].cpu()
-                    self._draw(journal, Shown(case.case_id, image, seen, output[0], asked, self.plan.spacing_mm))
+                    lies = (self.plan.spacing_mm, self.plan.orientation)
+                    self._draw(journal, Shown(case.case_id, image, seen, output[0], asked, *lies))
         loss = fit.mean(self.method.loss)
         errors = f"mean absolute error {fit.mean('l1'):.4f}, root of the mean square {math.sqrt(fit.mean('l2')):.4f}"
         explained = fit.explained

@@ -27,7 +27,8 @@ GAP = 4
 
 def draw(shown: Shown) -> NDArray[np.uint8]:
     """Side by side: image, what was seen of it, the reconstruction, and, where a part was hidden, the image with the
-    reconstruction in its place. Below each other: the plane in the middle of each axis; of a picture itself.
+    reconstruction in its place. Below each other: the plane in the middle of each axis, with
+    head and face up; of a picture itself.
 
     Args:
         shown: what is drawn; of several channels the first.
@@ -46,6 +47,9 @@ def draw(shown: Shown) -> NDArray[np.uint8]:
     rows = []
     for axis in range(image.ndim) if image.ndim == 3 else [None]:
         planes = [column if axis is None else column.select(axis, column.shape[axis] // 2) for column in columns]
+        down = [letter for a, letter in enumerate(shown.orientation) if a != axis][:1]
+        if down in (["S"], ["A"]):  # the head, and the face, belong above
+            planes = [plane.flip(0) for plane in planes]
         shades = [np.clip((plane.numpy() - low) / max(high - low, 1e-6), 0, 1) for plane in planes]
         if min(shades[0].shape) > 1:  # across a patch of one slice there is nothing to see
             sides = [mm for a, mm in enumerate(shown.spacing_mm) if a != axis]

@@ -18,7 +18,7 @@ from medseg.inference.folder import Engine, export_of, subset_of
 from medseg.inference.job import Done, Job, Options, Scan
 from medseg.inference.manifest import Manifest
 from medseg.remote.exchange import Remote
-from medseg.remote.pool import Failed, Pool, cluster, located, refuse_unpacked, resources, sendable
+from medseg.remote.pool import Failed, Pool, cluster, failure, located, refuse_unpacked, resources
 
 
 class Worker:
@@ -81,7 +81,7 @@ class Worker:
             return None if scan.prediction is None else job.make(scan.case, scan, scan.prediction)
         except Exception as error:
             fatal = error is job.fatal or self.remote.is_fatal(error)
-            return Failed(sendable(error), job.digests.get(case.case_id), fatal)
+            return failure(error, digest=job.digests.get(case.case_id), fatal=fatal)
         finally:
             job.exchange.drop(case)
             job.digests.pop(case.case_id, None)

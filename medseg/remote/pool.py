@@ -8,8 +8,10 @@ At most `AHEAD` cases are with each worker, so that a cluster never holds more t
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,8 +39,12 @@ MAX_SAID = 200
 """Characters of what Ray says."""
 PATIENCE_S = 30.0
 """Wait for the cluster before the user is told that one does."""
-AGAIN = (Code.ARCHIVE, Code.LIMIT, Code.TRUNCATED)
+AGAIN = (Code.ARCHIVE, Code.LIMIT, Code.TRUNCATED, Code.MISSING)
 """Refusals that may be gone at the next attempt; the others are the case's."""
+AWAY = (errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+"""Errors of a shared file system that does not answer."""
+PAUSE_S = 5.0
+"""Wait before the second attempt at a case; before the third it is twice as long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,8 @@ class Failed:
     """The next case would fare no better."""
     lost: bool = False
     """It has ended the processes that worked on it."""
+    is_away: bool = False
+    """A shared file system did not answer."""
 
 
 class Books(Protocol):
@@ -88,6 +96,10 @@ class Pool:
         self.busy: dict[Any, deque[tuple[Any, Case]]] = {}
         """Worker → its cases in their order, each with what brings its result."""
         self.attempts: dict[str, int] = {}
+        self.failed_on: dict[str, Any] = {}
+        """Id of a case that is tried again → the worker that it failed on."""
+        self.resting: list[tuple[float, Case]] = []
+        """Cases that are tried again, and from when on (monotonic seconds)."""
         self.failed_starts = 0
 
     def __enter__(self) -> Pool:
@@ -110,13 +122,19 @@ class Pool:
         """
         waiting = deque(cases)
         self.attempts.clear()
+        self.failed_on.clear()
+        self.resting.clear()
         for _ in range(min(self.num_workers, len(waiting)) - len(self.busy) - len(self.starting)):
             self._start()
-        while waiting or any(self.busy.values()):
+        while waiting or self.resting or any(self.busy.values()):
+            patience = self._wake(waiting)
             self._hand_out(waiting, books)
             pending = [*self.starting, *(result for queue in self.busy.values() for result, _ in queue)]
-            ready, _ = self.ray.wait(pending, num_returns=1, timeout=PATIENCE_S)
-            if not ready and not any(self.busy.values()):
+            if not pending:  # all that is left is resting
+                time.sleep(patience)
+                continue
+            ready, _ = self.ray.wait(pending, num_returns=1, timeout=patience)
+            if not ready and patience == PATIENCE_S and not any(self.busy.values()):
                 say(self.console, ["waiting for the cluster: it has no room for a worker"])
             for result in ready:
                 if result in self.starting:
@@ -131,9 +149,23 @@ class Pool:
     def _hand_out(self, waiting: deque[Case], books: Books) -> None:
         for depth in range(1, AHEAD + 1):  # one for each, before anybody gets a second
             for worker, queue in self.busy.items():
-                if waiting and len(queue) < depth:
-                    case = waiting.popleft()
+                if len(queue) < depth and (case := self._next(worker, waiting)) is not None:
                     queue.append((books.begin(worker, case), case))
+
+    def _next(self, worker: Any, waiting: deque[Case]) -> Case | None:
+        """A case for a worker: one that failed on it is another's, where there are others."""
+        for place, case in enumerate(waiting):
+            if len(self.busy) == 1 or self.failed_on.get(case.case_id) is not worker:
+                del waiting[place]
+                return case
+        return None
+
+    def _wake(self, waiting: deque[Case]) -> float:
+        """Let cases wait for a worker that have rested; seconds until the next one has, `PATIENCE_S` at most."""
+        now = time.monotonic()
+        waiting.extend(case for until, case in self.resting if until <= now)
+        self.resting = [(until, case) for until, case in self.resting if until > now]
+        return min((until - now for until, _ in self.resting), default=PATIENCE_S)
 
     def _started(self, result: Any) -> None:
         worker = self.starting.pop(result)
@@ -172,9 +204,10 @@ class Pool:
         if not isinstance(outcome, Failed):
             books.take(case, outcome)
             return
-        again = isinstance(outcome.error, MedsegError) and outcome.error.code in AGAIN and not outcome.fatal
-        if again and self._may_try(case):
-            waiting.append(case)
+        again = outcome.is_away or (isinstance(outcome.error, MedsegError) and outcome.error.code in AGAIN)
+        if again and not outcome.fatal and self._may_try(case):
+            self.failed_on[case.case_id] = worker
+            self.resting.append((time.monotonic() + PAUSE_S * self.attempts[case.case_id], case))
         else:
             books.fail(case, outcome)
 
@@ -194,7 +227,7 @@ class Pool:
                 remedy="do it alone, without --engine ray; perhaps the memory does not suffice for that many --workers",
             )
             books.fail(first, Failed(refusal, lost=True))
-        if waiting:
+        if waiting or self.resting:
             self._start()
 
     def _may_try(self, case: Case) -> bool:
@@ -299,8 +332,24 @@ def _located(source: Source) -> Source:
     return replace(source, files=tuple(path.absolute() for path in source.files))
 
 
+def failure(error: Exception, *, digest: str | None = None, fatal: bool = False) -> Failed:
+    """What a worker hands back of a case: what the error was made of does not survive the way."""
+    found: BaseException | None = error
+    while found is not None and not (isinstance(found, OSError) and found.errno in AWAY):
+        found = found.__cause__
+    return Failed(sendable(error), digest, fatal, is_away=found is not None)
+
+
 def sendable(error: Exception) -> Exception:
     """An error that survives the way between processes: other kinds than these may not."""
+    if isinstance(error, OSError) and error.errno in AWAY:
+        return MedsegError(
+            Code.ARCHIVE,
+            "a folder of the network does not answer",
+            where=Path(error.filename).name if isinstance(error.filename, str) else None,
+            got=error.strerror,
+            remedy="see that all nodes reach it; the same command goes on",
+        )
     if isinstance(error, (MedsegError, MemoryError)):
         return error
     if type(error).__name__ == "OutOfMemoryError":  # PyTorch's

@@ -7,6 +7,7 @@ the digest of the files alone. Entries appear whole or not at all, under names t
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from medseg.data.store import TEMPORARY, Decoded, Known, Store, code_digest
 from medseg.data.survey import case_reader, labels_declared, raise_problems
 from medseg.errors import Code, MedsegError
 from medseg.formats import Reading
+from medseg.inference.export import files_of
 from medseg.labels import Labels
-from medseg.remote.pool import Failed, Pool, cluster, located, refuse_unpacked, resources, sendable
+from medseg.remote.pool import Failed, Pool, cluster, failure, located, refuse_unpacked, resources
 
 WORKER_BYTES = 4 * 2**30
 """Memory for which a worker is started: a large CT with its label, before and after."""
@@ -53,16 +55,19 @@ class Preparer:
         mark: a file in it.
         code: `code_digest` of the process that began.
         reading: how the files are read.
+        scan: a file of the data; None: it is not known yet.
     """
 
-    def __init__(self, folder: Path, mark: str, code: str, reading: Reading) -> None:
+    def __init__(self, folder: Path, mark: str, code: str, reading: Reading, scan: Path | None = None) -> None:
         self.folder, self.mark, self.code, self.reading = folder, mark, code, reading
+        self.scan = scan
 
     def ready(self) -> None:
         """Refuse what would be lost work.
 
         Raises:
-            MedsegError: E_OUTPUT where this node does not see the store; E_CONFIG where it would find other keys.
+            MedsegError: E_OUTPUT where this node does not see the store, E_MISSING where it does not see the data;
+                E_CONFIG where it would find other keys.
         """
         if not (self.folder / self.mark).is_file():
             raise MedsegError(
@@ -71,6 +76,14 @@ class Preparer:
                 where="data.store",
                 expected="a folder that all nodes share, at the same path",
                 remedy="data.store=FOLDER names one; the scans have to be seen by all nodes too",
+            )
+        if self.scan is not None and not self.scan.is_file():
+            raise MedsegError(
+                Code.MISSING,
+                "a node of the cluster does not see the scans",
+                where=self.scan.name,
+                expected="a folder that all nodes share, at the same path",
+                remedy="data.root=FOLDER names one",
             )
         if code_digest() != self.code:
             raise MedsegError(
@@ -116,7 +129,7 @@ class Preparer:
             return Read(self.store.known(case), was_found, tuple(self.store.damaged))
         except Exception as error:
             fatal = isinstance(error, MedsegError) and error.code in FATAL
-            return Failed(sendable(error), fatal=fatal)
+            return failure(error, fatal=fatal)
         finally:
             self.store.forget(case)
 
@@ -247,6 +260,7 @@ def ray_preparing(
         )
     folder = store.folder.absolute()
     mark = f"{TEMPORARY}{uuid.uuid4().hex}"
+    scans: list[Path] = []
     store.begin()
     try:
         with cluster() as ray:
@@ -256,12 +270,22 @@ def ray_preparing(
 
             def make() -> Any:
                 (folder / mark).touch()  # old ones are deleted
-                return actor.remote(folder, mark, code_digest(), reading)
+                return actor.remote(folder, mark, code_digest(), reading, *scans)
+
+            def refuse(cases: Sequence[Case]) -> None:
+                refuse_unpacked(ray, cases)
+                scans[:] = _a_file(cases)
 
             with Pool(ray, console, make, number) as pool:
-                yield Preparing(pool, store, lambda cases: refuse_unpacked(ray, cases))
+                yield Preparing(pool, store, refuse)
     finally:
         (folder / mark).unlink(missing_ok=True)
+
+
+def _a_file(cases: Sequence[Case]) -> list[Path]:
+    """One file that is there, if there is any: every node should see it."""
+    files = (path.absolute() for case in cases for path in files_of(case.images))
+    return list(itertools.islice((path for path in files if path.is_file()), 1))
 
 
 def _fitting(node: Mapping[str, float]) -> int:

@@ -58,27 +58,53 @@ def read_cohort(
     """Read one table, or several joined by case or patient.
 
     Args:
-        tables: CSV with headings; with several, each row of the first is completed by the others'.
+        tables: CSV with headings; with several, each row of the first is completed by the others': a filled cell of an
+            earlier table stands, an empty one is filled from a later table.
         time: column of the time.
         event: column that says whether the event came: 1 or 0, true or false, yes or no.
-        features: columns, or patterns ("glcm_*"); () is every column of numbers that does not describe the row.
+        features: columns, or patterns ("glcm_*"), of any table; () is every column of numbers of the first table that
+            does not describe the row: what stands beside an outcome (another time, a follow-up) is not known before it.
         label: the structure whose rows count, where the tables have several of a case.
         key: the column that joins the tables; None is the first of `KEYS` that all have.
     Returns:
-        Rows without a time, an event or one of the features are left out, and columns that do not vary; notes say so.
+        Rows without a partner in another table, without a time, an event or one of the features are left out, and
+        columns that do not vary; notes say so, and which columns of numbers were not taken.
     Raises:
         MedsegError: E_MISSING for a table or a column that is not there, E_DUPLICATE_ID for two rows of one case,
             E_CONFIG for what is no time, no event or no number, E_NO_CASES where nothing is left.
     """
-    records, key = _joined([(path.name, _read(path)) for path in tables], label, key)
+    names = _names(tables)
+    read = [(name, _read(path)) for name, path in zip(names, tables, strict=True)]
+    records, key, notes = _joined(read, label, key)
     for column in (time, event):
         if not any(column in record for record in records):
             raise MedsegError(
                 Code.MISSING, f"there is no column {column!r}", where=tables[0].name,
                 remedy=nearest(column, records[0]),
             )  # fmt: skip
-    chosen = _chosen(records, features, {time, event, LABEL, key or "", *ABOUT}, tables[0].name)
-    return _cohort(records, time, event, chosen, key, by_name=bool(features))
+    known = {time, event, LABEL, key or "", *ABOUT}
+    if features:
+        chosen = _matching(records, features, names[0])
+    else:
+        of_first = {column for record in read[0][1] for column in record}
+        numbers = _numeric(records, known)
+        chosen = [c for c in numbers if c in of_first]
+        others = [c for c in numbers if c not in of_first]
+        if others:
+            notes.append(
+                f"{len(others)} columns of numbers that are not of {names[0]} are not taken as features: "
+                f"{_some(others)}; --features takes the columns that it names"
+            )
+    return _cohort(records, time, event, chosen, key, notes, by_name=bool(features))
+
+
+def _names(tables: Sequence[Path]) -> list[str]:
+    """What messages call tables: with the folder where files are of one name."""
+    names = [path.name for path in tables]
+    return [
+        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
+        for name, path in zip(names, tables, strict=True)
+    ]
 
 
 def _read(path: Path) -> Records:
@@ -96,8 +122,10 @@ def _read(path: Path) -> Records:
     return records
 
 
-def _joined(tables: list[tuple[str, Records]], label: str | None, key: str | None) -> tuple[Records, str | None]:
-    """The rows of the first table with what the others say of the same case or patient."""
+def _joined(
+    tables: list[tuple[str, Records]], label: str | None, key: str | None
+) -> tuple[Records, str | None, list[str]]:
+    """The rows of the first table with what the others say of the same case or patient; the key; what was left out."""
     kept = []
     for name, records in tables:
         if label is not None and LABEL in records[0]:
@@ -110,32 +138,59 @@ def _joined(tables: list[tuple[str, Records]], label: str | None, key: str | Non
         kept.append((name, records))
     first_name, first = kept[0]
     key = key or next((k for k in KEYS if all(k in records[0] for _, records in kept)), None)
-    if key is None and len(kept) > 1:
+    if len(kept) > 1 and key is None:
         raise MedsegError(
             Code.CONFIG, "nothing tells which rows of the tables belong together", where=first_name,
             expected=" or ".join(KEYS), got=", ".join(list(first[0])[:8]),
             remedy="add a column case or patient to each, or name one that both have: --by COLUMN",
         )  # fmt: skip
-    for name, records in kept:
-        if key is not None and key in records[0] and (key == KEYS[0] or name != first_name):
+    for number, (name, records) in enumerate(kept):
+        if len(kept) > 1 and key is not None and key not in records[0]:
+            raise MedsegError(
+                Code.MISSING, f"there is no column {key!r} to join the tables by", where=name,
+                remedy=nearest(key, records[0]),
+            )  # fmt: skip
+        # A patient may have several rows in the first table, which the others complete
+        if key is not None and key in records[0] and (key == KEYS[0] or number > 0):
             _refuse_twice(name, records, key)
     if key is None or len(kept) == 1:
-        return first, key
-    rows = first
+        return first, key, []
+    rows, notes = first, []
     for name, records in kept[1:]:
-        others = {r[key]: r for r in records}
-        rows = [{**others[r[key]], **r} for r in rows if r.get(key) in others]
-        if not rows:
+        others = {r[key]: r for r in records if not _is_blank(r[key])}
+        ours = {r[key] for r in rows}
+        joined = [_completed(r, others[r[key]]) for r in rows if r[key] in others]
+        alone = sum(r[key] not in ours or _is_blank(r[key]) for r in records)
+        if not joined:
             raise MedsegError(
                 Code.NO_CASES, f"no {key} stands in both tables", where=f"{first_name} and {name}",
-                expected=f"as {first[0].get(key)!r}", got=f"as {records[0][key]!r}",
+                expected=f"as {first[0][key]!r}", got=f"as {records[0][key]!r}",
             )  # fmt: skip
-    return rows, key
+        if len(joined) < len(rows):
+            notes.append(
+                f"{len(rows) - len(joined)} of {len(rows)} rows of {first_name} have no {key} in {name} and are left "
+                "out"
+            )
+        if alone:
+            notes.append(f"{alone} of {len(records)} rows of {name} have no {key} in {first_name} and are left out")
+        rows = joined
+    return rows, key, notes
+
+
+def _completed(record: dict[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    """A row with another table's cells where its own are blank or not there."""
+    return {**record, **{column: text for column, text in other.items() if _is_blank(record.get(column, ""))}}
+
+
+def _is_blank(text: str) -> bool:
+    return text.strip().lower() in ("", "nan", "na")
 
 
 def _refuse_twice(name: str, records: Records, key: str) -> None:
     seen: set[str] = set()
     for record in records:
+        if _is_blank(record[key]):
+            continue
         if record[key] in seen:
             labels = sorted({r.get(LABEL, "") for r in records})
             raise MedsegError(
@@ -149,13 +204,19 @@ def _refuse_twice(name: str, records: Records, key: str) -> None:
         seen.add(record[key])
 
 
-def _chosen(records: Records, patterns: Sequence[str], known: set[str], where: str) -> list[str]:
-    """The columns that are features."""
-    columns = list(dict.fromkeys(column for record in records for column in record))
-    if not patterns:
-        # What describes a row is no feature, and neither is a column of words
-        return [c for c in columns if c not in known and any(_number(r.get(c)) is not None for r in records)
-                and not any(r.get(c) and _number(r[c]) is None for r in records)]  # fmt: skip
+def _numeric(records: Records, known: set[str]) -> list[str]:
+    """The columns that can be features: what describes a row is none, and neither is a column of words."""
+    return [c for c in _columns(records) if c not in known and any(_number(r.get(c)) is not None for r in records)
+            and not any(r.get(c) and _number(r[c]) is None for r in records)]  # fmt: skip
+
+
+def _columns(records: Records) -> list[str]:
+    return list(dict.fromkeys(column for record in records for column in record))
+
+
+def _matching(records: Records, patterns: Sequence[str], where: str) -> list[str]:
+    """The columns that names and patterns mean."""
+    columns = _columns(records)
     found: dict[str, None] = {}
     for pattern in patterns:
         matching = [c for c in columns if fnmatchcase(c, pattern)]
@@ -167,8 +228,10 @@ def _chosen(records: Records, patterns: Sequence[str], known: set[str], where: s
     return list(found)
 
 
-def _cohort(records: Records, time: str, event: str, features: list[str], key: str | None, *, by_name: bool) -> Cohort:
-    notes = []
+def _cohort(
+    records: Records, time: str, event: str, features: list[str], key: str | None, notes: list[str], *, by_name: bool
+) -> Cohort:
+    notes = [*notes]
     names = [_name(record, number, key) for number, record in enumerate(records, start=1)]
     empty = [f for f in features if not any(_number(r.get(f)) is not None for r in records)]
     if empty and not by_name:
@@ -226,7 +289,7 @@ def _number(text: str | None) -> float | None:
 def _required(record: Mapping[str, str], feature: str, name: str) -> float | None:
     """A feature's value; None for an empty cell."""
     text = record.get(feature, "").strip()
-    if not text or text.lower() in ("nan", "na"):
+    if _is_blank(text):
         return None
     number = _number(text)
     if number is None:

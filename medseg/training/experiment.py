@@ -193,7 +193,7 @@ class Experiment(Stated):
     trainer: SegmentationTrainerConfig
     """The loop."""
     task: Literal["segmentation"] = "segmentation"
-    """What is learnt."""
+    """What is learnt: segmentation (the default), classification or pretraining."""
     plan: str | None = None
     """A plan.yaml that medseg plan or an earlier run wrote, perhaps edited, or its folder; null plans from the data.
     Keys of data.plan win over it."""

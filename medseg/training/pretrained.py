@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ IMAGENET = "imagenet"
 PICKLED = (".pth", ".pt")
 BACKBONE = "backbone."
 """Names of a backbone's tensors in our networks start with this."""
+_ZIP_MAGIC = b"PK\x03\x04"
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 """torchvision's file of DenseNet writes norm.1 where its network says norm1."""
 
@@ -64,8 +66,8 @@ def load_pretrained(model: nn.Module, settings: Mapping[str, Any], classes: Sequ
         Lines that say what was taken; none where nothing is named.
     Raises:
         MedsegError: E_MISSING if ImageNet's weights or a file are not there; E_CHECKPOINT if they are damaged or hold
-            more than tensors; E_MODEL if they do not fit; E_RUN, E_VERSION, E_UNSUPPORTED; E_CONFIG for weights and a
-            trained classifier at once.
+            more than tensors; E_LIMIT for a .pth that unpacks to more than it is; E_MODEL if they do not fit; E_RUN,
+            E_VERSION, E_UNSUPPORTED; E_CONFIG for weights and a trained classifier at once.
     """
     place, classifier = settings.get("weights"), settings.get("classifier")
     if isinstance(classifier, str) and place is not None:
@@ -78,10 +80,15 @@ def load_pretrained(model: nn.Module, settings: Mapping[str, Any], classes: Sequ
         )
     place = classifier if isinstance(classifier, str) else place
     if place is None:
-        frozen = settings.get("frozen_stages")
-        if not frozen:
-            return []
-        return [f"warning    the first {frozen} stages keep fresh weights: model.weights says nothing better"]
+        lines, frozen = [], settings.get("frozen_stages")
+        if frozen:
+            lines.append(f"warning    the first {frozen} stages keep fresh weights: model.weights says nothing better")
+        if settings.get("keep_statistics"):
+            lines.append(
+                "warning    batch normalisations keep the statistics of a fresh network, which normalise nothing: "
+                "model.keep_statistics needs model.weights"
+            )
+        return lines
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone):
         raise MedsegError(
@@ -189,7 +196,10 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise _missing(path)
     try:
+        _refuse_inflating(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except MedsegError:
+        raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         raise MedsegError(
@@ -219,6 +229,30 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             got=type(content).__name__,
         )
     return {str(name).removeprefix(MODEL_PREFIX): tensor for name, tensor in content.items()}
+
+
+def _refuse_inflating(path: Path) -> None:
+    """Refuse a zip that unpacks to more than it is: torch.save stores tensors as they are, torch.load reads any zip.
+
+    Raises:
+        MedsegError: E_LIMIT.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:  # torch.load knows zips by this, too
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    total, most = sum(member.file_size for member in members), path.stat().st_size
+    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+    if packed or total > most:
+        raise MedsegError(
+            Code.LIMIT,
+            "the file of weights unpacks to more than it holds",
+            where=path.name,
+            expected=f"members that are stored as they are, {most} bytes at most, as torch.save writes them",
+            got=f"{len(packed)} of {len(members)} members compressed; {total} bytes",
+            remedy="if it comes from a stranger, do not trust it; else write it again with torch.save",
+        )
 
 
 def _classifier_in(run: Path) -> dict[str, Any]:
