@@ -68,6 +68,10 @@ def test_dicom_images_of_one_patient_stay_on_one_side(tmp_path: Path) -> None:
     aside = [replace(case, split="test") if case.case_id == "i00" else case for case in cases]
     with pytest.raises(MedsegError, match="E_LEAK"):  # others of this patient train
         divide(aside, SplitConfig(num_folds=4), 0, 0, facts)
+    alike = [replace(case, patient="p001") for case in cases]
+    with pytest.raises(MedsegError, match=r"(?s)all images are of one patient.*by=block"):
+        divide(alike, SplitConfig(num_folds=4), 0, 0, facts)
+    assert divide(alike, SplitConfig(num_folds=4, by="block"), 0, 0, facts)[0].val
 
 
 def test_a_table_s_patients_come_before_those_of_dicom(tmp_path: Path) -> None:

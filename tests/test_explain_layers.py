@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.transforms import Bbox
 from rich.console import Console
 from test_unet_paper import LAYERS, build
 from torch import nn
 
 from medseg.errors import Code, MedsegError
 from medseg.explain.drawing import drawing_figure, save_drawing
+from medseg.explain.graph import graph_of
 from medseg.explain.layers import layer_table
 from medseg.explain.reach import Reach
 from medseg.explain.subject import of_settings
@@ -374,3 +377,34 @@ def test_drawings_say_how_maps_meet(name, expected):
         subject = of_settings({"name": name})
     words = {text.get_text() for text in drawing_figure(layer_table(subject.model, subject.size)).axes[0].texts}
     assert expected <= words
+
+
+def test_maps_are_merged_where_sizes_are_equal():
+    with torch.device("meta"):
+        subject = of_settings({"name": "fcn"})
+    boxes, edges = graph_of(layer_table(subject.model, subject.size))
+    added = {(edge.source, edge.target) for edge in edges if edge.skip == "add"}
+    assert added == {("heads.1", "up.0"), ("heads.2", "up.1")}
+    assert all(boxes[a].layers[-1].output == boxes[b].layers[-1].output for a, b in added)
+
+
+@pytest.mark.parametrize("name", ["unet", "unet_plus_plus", "fcn", "deepmedic"])
+def test_words_and_lines_of_drawings_stay_clear_of_each_other(name):
+    with torch.device("meta"):
+        subject = of_settings({"name": name})
+    figure = drawing_figure(layer_table(subject.model, subject.size))
+    figure.canvas.draw()
+    ax = figure.axes[0]
+    words = [(t.get_text(), t.get_window_extent()) for t in ax.texts if t.get_text()]
+    for (a, first), (b, second) in itertools.combinations(words, 2):
+        assert not first.overlaps(second), (a, b)
+    pieces = []
+    for line in ax.lines:
+        points = ax.transData.transform(line.get_xydata())
+        pieces += [(line, Bbox([a, b])) for a, b in itertools.pairwise(points)]
+    for text, box in words:
+        assert not any(box.overlaps(piece) for _, piece in pieces), text
+    level = [(line, piece) for line, piece in pieces if piece.height < 1e-6]
+    for (one, a), (other, b) in itertools.combinations(level, 2):
+        shared = min(a.xmax, b.xmax) - max(a.xmin, b.xmin)
+        assert one is other or abs(a.y0 - b.y0) > 1 or shared < 1

@@ -14,6 +14,7 @@ from medseg.classification.preparation import equal_images
 from medseg.classification.sight import ImageFacts
 from medseg.data.layouts import Case, name_some
 from medseg.data.splits import Split, SplitConfig, make_split
+from medseg.errors import Code, MedsegError
 
 BLOCKS_PER_FOLD = 2
 """Blocks of neighbours of each class and fold, where patients are not known: larger ones part fewer patients, smaller
@@ -34,7 +35,7 @@ def divide(
     Returns:
         The split, and lines for the user.
     Raises:
-        MedsegError: as `make_split`.
+        MedsegError: as `make_split`; E_NO_CASES if all images are of one patient.
     """
     marked = {case.split for case in cases}
     # A train and a test folder, as many data sets come: folds of the first
@@ -45,6 +46,8 @@ def divide(
         patients, rule = known, ""  # what does not fit is refused
     else:
         rest = [case for case in cases if case.split != "test"]
+        if config.by != "block" and len(rest) > 1 and len({case.patient for case in rest}) == 1:
+            _refuse_one_patient(rest)
         patients, rule = _groups(rest, known, config, facts)
         of_patient = {known[i]: name for i, name in patients.items() if i in known}
         set_aside = [case for case in cases if case.split == "test" and case.patient is not None]
@@ -60,6 +63,20 @@ def divide(
         aside = "; test images as given" if split.test else ""
         split = replace(split, rule=f"{rule} (fold {fold} of {config.num_folds}, seed {seed}){aside}")
     return split, _remarks(split, cases, facts)
+
+
+def _refuse_one_patient(cases: Sequence[ImageCase]) -> None:
+    """Refuse images that are all of one patient, as far as anything tells."""
+    if all(case.patient is not None for case in cases):
+        raise MedsegError(
+            Code.NO_CASES,
+            "all images are of one patient, who cannot train and validate",
+            where="data.split",
+            expected="at least two patients",
+            got=f"{len(cases)} images with one patient (of DICOM files: one PatientID)",
+            remedy="if anonymising gave all one PatientID: list the images in a CSV with a column patient, or divide "
+            "them by neighbouring names: data.split.by=block",
+        )
 
 
 def _groups(

@@ -26,7 +26,7 @@ from medseg.data.manifest import read_patients
 from medseg.errors import Code, MedsegError
 
 POINTS = ("youden", "sensitivity>=0.95", "specificity>=0.95")
-"""Scored by cross-fitting where no thresholds came with the predictions."""
+"""Scored by cross-fitting where no thresholds, and so no points, came with the predictions."""
 
 
 def evaluate_predictions(
@@ -120,6 +120,7 @@ def compare(
         )
     rows = [row_of[case.case_id] for case in scored]
     ids = [case.case_id for case in scored]
+    points = tuple(dict.fromkeys(point for of_class in predictions.thresholds.values() for point in of_class))
     thresholds, remarks = thresholds_for(ids, predictions.thresholds, predictions.sides)
     return ClassificationEvaluation(
         ids,
@@ -128,6 +129,6 @@ def compare(
         predictions.classes,
         {case.case_id: case.patient for case in scored if case.patient is not None},
         thresholds,
-        POINTS,
+        points or POINTS,
         remarks=remarks,
     )

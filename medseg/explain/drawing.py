@@ -74,11 +74,11 @@ def drawing_figure(table: LayerTable, *, title: str = "") -> Figure:
         if places[edge.target][1] > places[edge.source][1]:
             ways_up.setdefault(edge.source, []).append(places[edge.target][0])
     told: set[tuple[str, int, float]] = set()
-    for edge in edges:
-        words = edge.skip or edge.step
-        if roofs[edge]:  # once for all lines that are one
+    for edge in sorted(edges, key=lambda edge: places[edge.source][0]):
+        words: str | None = edge.skip or edge.step
+        if roofs[edge]:  # the first of the edges that are one line is drawn whole
             line = (edge.target, roofs[edge], places[edge.source][1])
-            words = "" if line in told else words
+            words = None if line in told else words
             told.add(line)
         _draw_edge(ax, places[edge.source], places[edge.target], edge, words, roofs[edge], ways_up.get(edge.source, ()))
     if title:
@@ -170,7 +170,7 @@ def _draw_edge(
     source: tuple[float, float],
     target: tuple[float, float],
     edge: Edge,
-    words: str,
+    words: str | None,
     height: int,
     ways_up: Sequence[float],
 ) -> None:
@@ -181,7 +181,7 @@ def _draw_edge(
         source: centre of the stage that the line leaves.
         target: centre of the stage that it reaches.
         edge: what it is.
-        words: what is written at it.
+        words: what is written at it; None: it only rises to a roof that is there already.
         height: of the roof that it makes over stages in its way; 0: there are none.
         ways_up: x of lines that leave the same side and then go up.
     """
@@ -203,7 +203,10 @@ def _draw_edge(
     else:
         points = [(x0 + WIDTH / 2, y0 + apart), (x1, y0 + apart), (x1, y1 - HEIGHT / 2)]
     dashes = "--" if edge.skip else "-"
+    points = points[:2] if words is None else points
     ax.plot(*zip(*points, strict=True), color=colour, linestyle=dashes, linewidth=1.3, zorder=0)
+    if words is None:
+        return
     head = {"arrowstyle": "-|>", "color": colour, "mutation_scale": 12, "shrinkA": 0, "shrinkB": 0}
     before, end = points[-2:]
     start = tuple(e - 0.1 * np.sign(e - b) for b, e in zip(before, end, strict=True))

@@ -137,15 +137,14 @@ def _owners(table: LayerTable) -> list[str | None]:
     between = {stage for stage in stages if any(other.startswith(f"{stage}.") or not stage for other in stages)}
     between -= {stage for stage in between if len(stages) == 1}
     owners: list[str | None] = [None if layer.stage in between else layer.stage for layer in table.layers]
+    consumers = _consumers(table)
     if owners[-1] is None:  # what it ends with, and what makes maps for that alone
-        consumers = _consumers(table)
         for number in range(len(owners)):
             stage = table.layers[number].stage
             of_stage = [n for n, layer in enumerate(table.layers) if layer.stage == stage]
             if set().union(*(consumers[n] for n in of_stage)) - set(of_stage) == {len(owners) - 1}:
                 owners[number] = RESULT
         owners[-1] = RESULT
-    consumers = _consumers(table)
     for number, layer in enumerate(table.layers):  # what has come up is merged there, if it goes up again behind that
         up = [n for n in layer.sources if n >= 0 and owners[n] is not None and table.layers[n].kind in _UP]
         same = all(size[1:] == layer.output[1:] for size in layer.inputs)
@@ -160,7 +159,6 @@ def _owners(table: LayerTable) -> list[str | None]:
             maker = table.layers[numbers[0]].sources[0]
             heirs = {owners[maker] if maker >= 0 else None}
         else:
-            consumers = _consumers(table)
             heirs = {owners[n] for number in numbers for n in consumers[number] if n not in numbers}
         heir = heirs.pop() if len(heirs) == 1 else None
         if heir is not None and not any(layer.kind in _UP for layer in table.of_stage(heir)):

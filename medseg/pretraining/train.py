@@ -180,7 +180,8 @@ def conclude(run: Path, engine: ReconstructionEngine, console: Console) -> Pretr
     console.print(
         f"done: {counters.step} steps in {counters.minutes:.1f} min, best explained variance of held-out images "
         f"{explained:.4f} at step {counters.best_step}\nrun: {run}\n"
-        f"look: {command('--logdir', run, program='tensorboard')}\nuse: {begins}",
+        f"look: {command('--logdir', run, program='tensorboard')}\nuse: {begins}\n"
+        "and compare it with a training from scratch: few steps of pretraining can make it worse",
         highlight=False,
         soft_wrap=True,
         markup=False,
