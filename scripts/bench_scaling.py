@@ -36,6 +36,8 @@ PAGE = PAGES / "scaling.md"
 NEEDED = ["medseg", "torch"]
 ATTEMPTS = 3
 """Of a preparation: Ray gives its processes half a minute to start."""
+TELLING_SECONDS = 20
+"""Less than this between few cases and many is lost in what the start of a cluster takes now and then."""
 FEWEST_CASES = 4
 """That a training takes."""
 
@@ -130,6 +132,14 @@ def page(results: dict[str, Any]) -> str:
         for number, speed in speeds.items():
             share = speed / speeds[min(speeds)] / (number / min(speeds))
             lines.append(f"| {what} | {number} | {speed:.2f} {unit} | {share:.0%} |")
+    prepared = [speed for rounds in results["results"]["preparing"].values() for speed in rounds]
+    if prepared and (many - few) / max(prepared) < TELLING_SECONDS:
+        lines += [
+            "",
+            f"**The rows of preparing tell nothing**: {many - few} of these cases took as little as "
+            f"{(many - few) / max(prepared):.1f} s, and the start of a cluster varies by more. They want more or larger "
+            "cases (`--cases`, `--size`).",
+        ]
     return "\n".join([*lines, "", *where(results["environment"])]) + "\n"
 
 
