@@ -137,8 +137,8 @@ def page(results: dict[str, Any]) -> str:
         lines += [
             "",
             f"**The rows of preparing tell nothing**: {many - few} of these cases took as little as "
-            f"{(many - few) / max(prepared):.1f} s, and the start of a cluster varies by more. They want more or larger "
-            "cases (`--cases`, `--size`).",
+            f"{(many - few) / max(prepared):.1f} s, and the start of a cluster varies by more.",
+            "They want more or larger cases (`--cases`, `--size`).",
         ]
     return "\n".join([*lines, "", *where(results["environment"])]) + "\n"
 
